@@ -1,0 +1,3 @@
+"""Serves autoregressive models (vLLM) and diffusion transformers (diffusers) as one OpenAI-compatible endpoint on Ray."""
+
+__version__ = "0.1.0"

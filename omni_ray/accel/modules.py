@@ -1,0 +1,15 @@
+"""The modules of a pipeline by their part in it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The denoisers by component name: one, or two where a model has experts for high and low noise (Wan2.2)."""
+    return {
+        name: module
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module) and name.split("_")[0] in ("transformer", "unet")
+    }

@@ -1,0 +1,94 @@
+"""Builds the Ray Serve application from a spec: the one file that sees every hop.
+
+    Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
+      \\->  AR group (ArReplica, vLLM)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import ray
+from ray import serve
+
+from omni_ray.api.app import Api
+from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec
+from omni_ray.engine.gang import Gang
+from omni_ray.errors import ConfigError
+from omni_ray.replica.ar import ArReplica
+from omni_ray.replica.dit import DitReplica
+from omni_ray.router import balance
+from omni_ray.router.router import Router
+from omni_ray.sources import resolve_source
+
+HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 30, "graceful_shutdown_timeout_s": 20}
+
+
+def build(args: OmniSpec) -> serve.Application:
+    """The application that serves ``args``. Called by ``serve run`` with the YAML's ``args``, checked."""
+    spec = args
+    dit = {g.id: _dit_group(g) for g in spec.groups if isinstance(g, DitGroup)}
+    ar = {g.id: _ar_group(g, spec) for g in spec.groups if isinstance(g, ArGroup)}
+    deployments = {g.id: deployment_name(g.id) for g in spec.groups}
+    router = serve.deployment(Router).options(name="Router", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, **HEALTH)
+    api = serve.deployment(Api).options(
+        name="Api", num_replicas=spec.api.num_replicas, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, **HEALTH
+    )
+    return api.bind(spec, router.bind(spec, dit, deployments), ar)
+
+
+def deployment_name(group_id: str) -> str:
+    return group_id.replace(":", "--")
+
+
+def _dit_group(group: DitGroup) -> serve.Application:
+    num_gpus = gpus_per_rank(group)
+    launch = functools.partial(_launch_gang, source=resolve_source(group.source), num_gpus=num_gpus)
+    return (
+        serve.deployment(DitReplica)
+        .options(
+            **_group_options(group, num_gpus, group.parallel.num_ranks),
+            max_ongoing_requests=group.batching.max_num_seqs + 4,
+            request_router_config=balance.request_router_config(),
+        )
+        .bind(group, launch)
+    )
+
+
+def _launch_gang(group: DitGroup, replica_id: str, source: str, num_gpus: int) -> Gang:
+    return Gang(group, source, num_gpus, replica_id)
+
+
+def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
+    options = _group_options(group, gpus_per_rank(group), group.parallel.num_ranks)
+    return (
+        serve.deployment(ArReplica)
+        .options(**options, max_ongoing_requests=group.max_ongoing_requests, max_queued_requests=group.queue.max_queued_requests)
+        .bind(spec, group, resolve_source(group.source))
+    )
+
+
+def _group_options(group: ArGroup | DitGroup, num_gpus: int, num_ranks: int) -> dict[str, Any]:
+    """One replica is one placement group with a bundle per rank; the replica's own process shares the first."""
+    bundle = {"CPU": group.num_cpus} | ({"GPU": float(num_gpus)} if num_gpus else {})
+    options: dict[str, Any] = {
+        "name": deployment_name(group.id),
+        "placement_group_bundles": [bundle] * num_ranks,
+        "placement_group_strategy": "STRICT_PACK",
+        "ray_actor_options": {"num_cpus": 0},
+        **HEALTH,
+    }
+    if group.autoscaling:
+        options["autoscaling_config"] = group.autoscaling.model_dump()
+    else:
+        options["num_replicas"] = group.num_replicas
+    return options
+
+
+def gpus_per_rank(group: ArGroup | DitGroup) -> int:
+    """1 on a GPU, 0 on a CPU. ``auto`` takes GPUs where the cluster has any."""
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    if group.device == "cuda" and not cluster.get("GPU"):
+        raise ConfigError(f"{group.id}: device cuda, but the cluster has no GPU; set device: auto, or add a GPU node")
+    return int(group.device != "cpu" and cluster.get("GPU", 0) > 0)

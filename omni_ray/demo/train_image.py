@@ -1,0 +1,302 @@
+"""Trains ``demo:image`` from nothing: ``python -m omni_ray.demo.train_image --out DIR --checkpoint FILE --seconds N``.
+
+Phases, all within the N seconds: the autoencoder, a pool of encoded scenes, flow matching on it with both text
+encoders trained jointly, the save in bf16, the evaluation. With an existing checkpoint it goes on from there; without
+one but with ``--start DIR`` it starts from that folder's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from omni_ray.demo import draw, scenes
+from omni_ray.demo.clock import Budget, learning_rate
+from omni_ray.demo.image_model import (
+    LATENT_CHANNELS,
+    SHIFT,
+    TextAndTransformer,
+    build_pipeline,
+    build_vae,
+    diffusers,
+    pack,
+    save_pipeline,
+    token_table,
+)
+
+KL_WEIGHT = 1e-3
+EMA_DECAY = 0.999
+
+
+def plan_chunk(job: tuple[int, int]) -> tuple[Any, Any, list[str]]:
+    """(count, seed) to plans [count, 2, 4], palette rows [count, 3] and captions of training scenes.
+
+    A default white background is said in one caption of five, so that saying it is understood too.
+    """
+    count, seed = job
+    rng = random.Random(seed)
+    found = [scenes.sample(rng) for _ in range(count)]
+    captions = [scenes.caption(s, True) if rng.random() < 0.2 else s.caption() for s in found]
+    return np.stack([draw.place(s, rng) for s in found]), np.array([draw.colour_indices(s) for s in found]), captions
+
+
+class Pool:
+    """Training scenes on the device, drawn on demand."""
+
+    def __init__(self, plans: Any, colours: Any, captions: list[str]) -> None:
+        self.plans = torch.from_numpy(plans)
+        self.colours = torch.from_numpy(colours)
+        self.ids = token_table(captions)
+        self.palette = torch.from_numpy(draw.PALETTE / 127.5 - 1.0)
+        self.table = torch.from_numpy(draw.HALFPLANES)
+        self.size = len(captions)
+
+    def to(self, device: torch.device) -> Pool:
+        """Moves it."""
+        for name in ("plans", "colours", "ids", "palette", "table"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    @classmethod
+    def sample(cls, count: int, seed: int) -> Pool:
+        """Samples in parallel processes; call it before the GPU is first used (the processes are forked)."""
+        workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+        jobs = [(count // workers, seed * 1000 + i) for i in range(workers)]
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            parts = pool.map(plan_chunk, jobs)
+        captions = [text for part in parts for text in part[2]]
+        return cls(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), captions)
+
+    def pictures(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n] scene numbers to [n, 3, 256, 256] in -1..1."""
+        colours = self.palette[self.colours[rows]]
+        picture: torch.Tensor = draw.paint(torch, self.plans[rows], colours[:, :2], colours[:, 2], self.table)
+        return picture
+
+    def rows(self, count: int) -> torch.Tensor:
+        """Random scene numbers [count]."""
+        return torch.randint(self.size, (count,), device=self.plans.device)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets every group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float) -> None:
+    """L1 and squared error, and a small KL term, until the budget ends; then the latents' scale and shift."""
+    device = pool.plans.device
+    vae.to(device=device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    step, loss, error = 0, torch.zeros(()), torch.zeros(())
+    while budget.left() > 0 or step == 0:
+        set_rate(optimizer, learning_rate(rate, budget.fraction(), step, 100))
+        with torch.no_grad():
+            pictures = pool.pictures(pool.rows(batch)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            made = vae.decode(posterior.sample()).sample
+        error = functional.mse_loss(made.float(), pictures)
+        kl = posterior.kl().float().mean() / (LATENT_CHANNELS * 32 * 32)
+        loss = functional.l1_loss(made.float(), pictures) + error + KL_WEIGHT * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)):
+            optimizer.step()
+        if step % 200 == 0:
+            print(f"vae step {step} {budget.elapsed():.0f}s loss {loss.item():.4f} mse {error.item():.5f} "
+                  f"kl {kl.item():.3f}", flush=True)
+        step += 1
+    vae.eval()
+    mean, std = encode(vae, pool, min(pool.size, 64 * batch), batch)[1]
+    vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
+    print(f"vae done: {step} steps, mse {error.item():.5f}, latent mean {mean:.3f} std {std:.3f}", flush=True)
+
+
+@torch.no_grad()
+def encode(vae: Any, pool: Pool, count: int, batch: int) -> tuple[torch.Tensor, tuple[float, float]]:
+    """The first ``count`` scenes' latents: moments [count, 8, 32, 32] bf16 (mean, then std), and their mean and std."""
+    device = pool.plans.device
+    parts = []
+    for start in range(0, count, batch):
+        pictures = pool.pictures(torch.arange(start, min(start + batch, count), device=device))
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+        parts.append(torch.cat([posterior.mean, posterior.std], 1).to(torch.bfloat16).contiguous())
+    moments = torch.cat(parts)
+    some = sampled(moments[:4096].float())
+    return moments, (some.mean().item(), some.std().item())
+
+
+def sampled(moments: torch.Tensor) -> torch.Tensor:
+    """A draw from each posterior: [n, 8, 32, 32] to [n, 4, 32, 32]."""
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * torch.randn_like(std)
+
+
+class Flow:
+    """Flow matching: the model, its moving average and its optimizer."""
+
+    def __init__(self, device: torch.device, rate: float) -> None:
+        self.model, self.rate, self.step = TextAndTransformer().to(device), rate, 0
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+
+    def loss(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Mean squared velocity error at random times; latents [n, 4, 32, 32] of unit scale, ids [n, 32]."""
+        data = pack(latents)
+        uniform = torch.rand(len(data), device=data.device)
+        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+        noise = torch.randn_like(data)
+        level = sigma[:, None, None]
+        with torch.autocast(data.device.type, torch.bfloat16):
+            velocity = self.model((1 - level) * data + level * noise, sigma, ids)
+        return functional.mse_loss(velocity.float(), noise - data)
+
+    def update(self, loss: torch.Tensor, fraction: float) -> None:
+        """One optimizer step and one of the moving average."""
+        set_rate(self.optimizer, learning_rate(self.rate, fraction, self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"model": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def start_from(self, pipeline: Any) -> None:
+        """Takes over a saved pipeline's weights."""
+        for target in (self.model, self.average):
+            for name in ("text_encoder", "text_encoder_2", "transformer"):
+                getattr(target, name).load_state_dict(getattr(pipeline, name).state_dict())
+
+
+def save_checkpoint(path: Path, vae: Any, flow: Flow, vae_done: bool) -> None:
+    """Writes the checkpoint in one move."""
+    part = path.with_suffix(".part")
+    scale = (vae.config.scaling_factor, vae.config.shift_factor)
+    torch.save({"vae": vae.state_dict(), "scale": scale, "vae_done": vae_done, "flow": flow.state()}, part)
+    part.replace(path)
+
+
+def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
+    """Loads the checkpoint or the starting folder, if there is one; says whether the autoencoder is trained."""
+    if args.checkpoint.exists():
+        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        vae.load_state_dict(state["vae"])
+        vae.register_to_config(scaling_factor=state["scale"][0], shift_factor=state["scale"][1])
+        flow.load(state["flow"])
+        print(f"resumed at step {flow.step}", flush=True)
+        return bool(state["vae_done"])
+    if args.start is None:
+        return False
+    pipeline = diffusers.FluxPipeline.from_pretrained(args.start)
+    vae.load_state_dict(pipeline.vae.state_dict())
+    vae.register_to_config(scaling_factor=pipeline.vae.config.scaling_factor,
+                           shift_factor=pipeline.vae.config.shift_factor)
+    flow.start_from(pipeline)
+    return True
+
+
+def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.Namespace) -> None:
+    """Encodes the pool, then trains until the budget ends, with a checkpoint every two minutes."""
+    moments, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
+    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
+    if moments.is_cuda and not args.no_compile:
+        torch._dynamo.config.suppress_errors = True
+        flow.model.transformer.compile_repeated_blocks()
+    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.step
+    window = torch.zeros((), device=moments.device)
+    while budget.left() > 0 or flow.step == first:
+        rows = torch.randint(len(moments), (args.batch,), device=moments.device)
+        loss = flow.loss((sampled(moments[rows].float()) - shift) * scale, pool.ids[rows])
+        flow.update(loss, budget.fraction())
+        window += loss.detach()
+        if (flow.step - first) % args.print_every == 0:
+            loss_mean = window.item() / args.print_every
+            print(f"flow step {flow.step} {budget.elapsed():.0f}s loss {loss_mean:.4f}", flush=True)
+            window.zero_()
+        if time.monotonic() - saved > 120:
+            save_checkpoint(args.checkpoint, vae, flow, True)
+            saved = time.monotonic()
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the pipeline's folder")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a saved pipeline to start from where there is no checkpoint")
+    parser.add_argument("--seconds", type=float, default=540, help="wall clock for everything")
+    parser.add_argument("--vae-seconds", type=float, default=70)
+    parser.add_argument("--eval-seconds", type=float, default=60, help="kept free for the save and the evaluation")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--pool", type=int, default=262144 if cuda else 512)
+    parser.add_argument("--batch", type=int, default=512 if cuda else 16)
+    parser.add_argument("--vae-batch", type=int, default=64 if cuda else 4)
+    parser.add_argument("--encode-batch", type=int, default=512 if cuda else 8)
+    parser.add_argument("--print-every", type=int, default=250 if cuda else 5)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--vae-rate", type=float, default=1e-3)
+    parser.add_argument("--eval-count", type=int, default=500)
+    parser.add_argument("--no-compile", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs every phase."""
+    args = arguments()
+    total = Budget(args.seconds)
+    device = torch.device(args.device)
+    seed = int(args.checkpoint.stat().st_mtime) % 10000 if args.checkpoint.exists() else 1
+    pool = Pool.sample(args.pool, seed).to(device)
+    print(f"{pool.size} scenes sampled in {total.elapsed():.0f}s", flush=True)
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    vae, flow = build_vae(), Flow(device, args.rate)
+    if not restore(args, vae, flow):
+        train_vae(vae, pool, Budget(min(args.vae_seconds, total.left() / 3)), args.vae_batch, args.vae_rate)
+        save_checkpoint(args.checkpoint, vae, flow, True)
+    vae.to(device=device, memory_format=torch.channels_last).eval()
+    train_flow(flow, vae, pool, Budget(total.left() - args.eval_seconds), args)
+    save_checkpoint(args.checkpoint, vae, flow, True)
+    pipeline = build_pipeline(flow.average.cpu(), vae.cpu().to(memory_format=torch.contiguous_format))
+    save_pipeline(pipeline.to(torch.bfloat16), args.out)
+    print(f"saved at {total.elapsed():.0f}s, {flow.step} steps", flush=True)
+    del flow, pool
+    from omni_ray.demo.evaluate import evaluate_image
+
+    evaluate_image(args.out, args.eval_count, str(device))
+    print(f"done at {total.elapsed():.0f}s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Joins waiting calls of the same shape into one forward, and hands each lane its slice of the answer.
+
+Legend: B is a call's own batch (images of one request, doubled by some pipelines for guidance), S a length in tokens.
+
+A call can join another if both go to the same method of the same module and agree in everything but the values along
+the batch axis. Its leaves fall in four sorts:
+
+- *batched*: a tensor ``[B, ...]``, or a list of B items. These are concatenated.
+- *broadcast*: a tensor ``[1, ...]`` where B > 1. It is expanded to B, then concatenated.
+- *shared*: any other tensor, such as FLUX's position ids ``[S, 3]``. All calls must bring equal values.
+- *plain*: numbers, strings, None, dicts of these. All calls must bring equal values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from omni_ray.engine.gate import Call
+
+JOINABLE = ("forward", "decode")
+"""Methods whose answer can be cut along the batch axis."""
+
+_fingerprints = WeakTensorKeyDictionary()
+
+
+class Unsplittable(Exception):
+    """A joined forward gave an answer that cannot be cut into one answer per call."""
+
+
+def batch_size(call: Call) -> int:
+    """B of the call: the leading dimension of its first tensor, or the length of its first list of tensors."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return int(value.shape[0])
+        if _is_tensor_list(value):
+            return len(value)
+    return 1
+
+
+def num_tokens(call: Call, patch: int = 1) -> int:
+    """Tokens that the call puts through the module: B x S, over all inputs that carry features.
+
+    ``[B, S, C]`` counts S; ``[B, C, H, W]`` and ``[B, C, F, H, W]`` count F x H x W / patch²; a list counts its items;
+    token ids ``[B, S]`` count where there is nothing else.
+    """
+    total = ids = 0
+    for value in (*call.args, *call.kwargs.values()):
+        for tensor in value if _is_tensor_list(value) else [value]:
+            if not isinstance(tensor, Tensor):
+                continue
+            shape = tensor.shape if tensor is value else (1, *tensor.shape)
+            if tensor.is_floating_point() and len(shape) == 3:
+                total += shape[0] * shape[1]
+            elif tensor.is_floating_point() and len(shape) > 3:
+                total += shape[0] * torch.Size(shape[2:]).numel() // patch**2
+            elif len(shape) == 2 and not tensor.is_floating_point():
+                ids = max(ids, tensor.numel())
+    return max(total or ids, 1)
+
+
+def signature(call: Call) -> Hashable:
+    """Two calls may be joined exactly if their signatures are equal."""
+    size = batch_size(call)
+    leaves, tree = _flatten(call, size)
+    return call.name, call.method, call.autocast, str(tree), tuple(_leaf_signature(leaf, size) for leaf in leaves)
+
+
+def join(calls: list[Call]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the one forward that answers all ``calls``, in their order. One call is passed on untouched."""
+    if len(calls) == 1:
+        return calls[0].args, calls[0].kwargs
+    sizes = [batch_size(call) for call in calls]
+    flat = [_flatten(call, size) for call, size in zip(calls, sizes, strict=True)]
+    leaves = [_join_leaf(list(column), sizes) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+    args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
+    return args, kwargs
+
+
+def split(output: Any, calls: list[Call]) -> list[Any]:
+    """Cut the answer of a joined forward into one answer per call, along the batch axis."""
+    if len(calls) == 1:
+        return [output]
+    sizes = [batch_size(call) for call in calls]
+    total = sum(sizes)
+    leaves, tree = pytree.tree_flatten(output, is_leaf=lambda x: _is_tensor_list(x) and len(x) == total)
+    parts: list[list[Any]] = [[] for _ in calls]
+    for leaf in leaves:
+        cut = _cut(leaf, total, sizes)
+        for part, piece in zip(parts, cut, strict=True):
+            part.append(piece)
+    return [pytree.tree_unflatten(part, tree) for part in parts]
+
+
+def _cut(leaf: Any, total: int, sizes: list[int]) -> list[Any]:
+    if isinstance(leaf, Tensor):
+        if leaf.ndim == 0 or leaf.shape[0] != total:
+            raise Unsplittable(f"a tensor {tuple(leaf.shape)} where the batch is {total}")
+        return list(leaf.split(sizes))
+    if isinstance(leaf, list) and len(leaf) == total:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [leaf[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return [leaf] * len(sizes)
+    raise Unsplittable(f"a {type(leaf).__name__}")
+
+
+def _flatten(call: Call, size: int) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves of the arguments; a list of B items is one leaf."""
+    return pytree.tree_flatten((call.args, dict(sorted(call.kwargs.items()))), is_leaf=lambda x: isinstance(x, list) and len(x) == size)
+
+
+def _leaf_signature(leaf: Any, size: int) -> Hashable:
+    if isinstance(leaf, Tensor):
+        if leaf.ndim > 0 and leaf.shape[0] in (size, 1):
+            return "batched", leaf.dtype, leaf.device, leaf.shape[1:]
+        return "shared", leaf.dtype, leaf.device, leaf.shape, _fingerprint(leaf)
+    if isinstance(leaf, list):
+        return "list", tuple(sorted({_item_signature(item) for item in leaf}, key=str))
+    return "plain", repr(leaf)
+
+
+def _item_signature(item: Any) -> Hashable:
+    """Models that take lists take items of unequal length; images ``[C, F, H, W]`` still join equal sizes only."""
+    if isinstance(item, Tensor):
+        return item.dtype, item.device, item.shape if item.ndim != 2 else ("ragged", item.shape[1])
+    return repr(item) if not isinstance(item, int) else "int"
+
+
+def _join_leaf(column: list[Any], sizes: list[int]) -> Any:
+    first = column[0]
+    if isinstance(first, list):
+        return [item for leaf in column for item in leaf]
+    if isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] in (sizes[0], 1):
+        widened = [leaf.expand(size, *leaf.shape[1:]) if leaf.shape[0] != size else leaf for leaf, size in zip(column, sizes, strict=True)]
+        return torch.cat(widened)
+    return first
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], Tensor)
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """Digest of the values, read once per tensor: a pipeline passes the same object at every step."""
+    digest = _fingerprints.get(tensor)
+    if digest is None:
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = _fingerprints[tensor] = hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+    return digest
+
+
+def choose(calls: list[Call], urgency: Callable[[Call], float], budget: int) -> list[Call]:
+    """The next batch: the most urgent call (least ``urgency``) and what can join it within ``budget`` tokens."""
+    first, *others = sorted(calls, key=urgency)
+    used, batch = first.tokens, [first]
+    if first.method not in JOINABLE:
+        return batch
+    for call in others:
+        if used + call.tokens <= budget and call.key == first.key:
+            batch.append(call)
+            used += call.tokens
+    return batch
+
+
+def is_full(calls: list[Call], budget: int) -> bool:
+    """Whether some of the calls fill a forward, so that waiting for others of their kind gains nothing."""
+    used: dict[Hashable, int] = {}
+    for call in calls:
+        used[call.key] = used.get(call.key, 0) + call.tokens
+        if call.method not in JOINABLE or used[call.key] + call.tokens > budget:
+            return True
+    return False

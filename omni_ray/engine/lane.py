@@ -1,0 +1,136 @@
+"""A lane: one request, run by the unmodified diffusers pipeline in a thread of its own.
+
+The lane owns a shallow copy of the pipeline, a scheduler, a random generator and the stand-ins for its modules. All
+else (weights, tokenizers) is shared. It reports every denoise step, and unwinds when it is cancelled.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from omni_ray.engine.gate import Exclusive, Gate, GatedModule, LaneCancelled
+from omni_ray.engine.media import decode_image, encode_outputs
+from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
+from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Emit = Callable[[Event], None]
+
+
+class Lane:
+    """``branch`` is the guidance branch that the pipeline is in (``cond``, ``uncond``); the seconds are device time."""
+
+    def __init__(self, job: Job, pipe: DiffusionPipeline, gate: Gate, lock: threading.RLock, emit: Emit) -> None:
+        self.id = job.id
+        self.job = job
+        self.device = torch.device(pipe.device)
+        self.branch: str | None = None
+        self.step = 0
+        self.num_steps = int(job.params.get("num_inference_steps", 1))
+        self.steps_computed = 0
+        self.steps_skipped = 0
+        self.device_s = 0.0
+        self.created = time.perf_counter()
+        self._reported_s = 0.0
+        self._gate = gate
+        self._emit = emit
+        self._pipe = self._own(pipe, lock)
+        self._thread = threading.Thread(target=self._run, name=f"lane-{job.id}", daemon=True)
+
+    def start(self) -> None:
+        self._gate.enter(self)
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        self._thread.join(timeout_s)
+
+    def _own(self, pipe: DiffusionPipeline, lock: threading.RLock) -> DiffusionPipeline:
+        """The lane's copy of the pipeline. Written to ``__dict__``, since assignment would rewrite the shared config."""
+        own = copy.copy(pipe)
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                own.__dict__[name] = GatedModule(self._gate, self, name, component)
+            elif isinstance(component, (PreTrainedTokenizerBase, ProcessorMixin)):
+                own.__dict__[name] = Exclusive(component, lock)
+            else:
+                own.__dict__[name] = copy.deepcopy(component)
+        own.__dict__["scheduler"] = self._counted(own.scheduler)
+        own.set_progress_bar_config(disable=True)
+        return own
+
+    def _counted(self, scheduler: Any) -> Any:
+        """Make the scheduler report each step that it takes: the one thing that all pipelines do once per step."""
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def counting_step(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._stepped(len(scheduler.timesteps))
+            return result
+
+        scheduler.step = counting_step
+        return scheduler
+
+    def _stepped(self, num_timesteps: int) -> None:
+        self.step += 1
+        self.steps_computed += 1
+        self.num_steps = max(self.step, getattr(self._pipe, "_num_timesteps", None) or num_timesteps)
+        seconds, self._reported_s = self.device_s - self._reported_s, self.device_s
+        self._emit(StepEvent(job_id=self.id, step=self.step, num_steps=self.num_steps, seconds=seconds))
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            output = self._call_pipeline()
+            self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
+            for media in encode_outputs(output, self.job):
+                self._emit(media)
+            self._emit(self._usage(started))
+        except LaneCancelled:
+            self._emit(Failure(job_id=self.id, error=Cancelled(f"request {self.id} was cancelled at step {self.step}")))
+        except Exception as error:
+            self._emit(Failure(job_id=self.id, error=self._explain(error)))
+        finally:
+            self._gate.leave(self)
+
+    def _call_pipeline(self) -> Any:
+        """Run the pipeline; the seed makes a CPU generator, so that an image does not depend on the kind of device."""
+        job, kwargs = self.job, dict(self.job.params)
+        if job.images:
+            images = [decode_image(data) for data in job.images]
+            kwargs["image"] = images[0] if len(images) == 1 else images
+        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            if name in inspect.signature(self._pipe.__call__).parameters:
+                kwargs[name] = job.num_outputs
+        generator = torch.Generator("cpu").manual_seed(job.seed or 0)
+        with torch.no_grad():
+            return self._pipe(**kwargs, generator=generator)
+
+    def _usage(self, started: float) -> Usage:
+        return Usage(
+            job_id=self.id,
+            seed=self.job.seed or 0,
+            steps_computed=self.steps_computed,
+            steps_skipped=self.steps_skipped,
+            device_s=self.device_s,
+            queue_s=started - self.created,
+            run_s=time.perf_counter() - started,
+        )
+
+    def _explain(self, error: Exception) -> OmniRayError:
+        if isinstance(error, OmniRayError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError):
+            return EngineFailed(f"out of device memory at step {self.step}: ask for a smaller size or fewer images")
+        return EngineFailed(f"{type(self._pipe).__name__} failed at step {self.step}: {type(error).__name__}: {error}")

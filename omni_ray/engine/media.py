@@ -1,0 +1,64 @@
+"""Bytes in, bytes out: decodes input images, encodes what a pipeline returns as PNG, JPEG, WebP or MP4."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from omni_ray.errors import RequestError
+from omni_ray.messages import Job, Media
+
+FPS = 16
+"""Frames per second of an encoded video where the request does not say (Wan's native rate)."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from encoded bytes; RequestError if they are no image."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the input image cannot be read: {error}; send PNG, JPEG or WebP", param="image") from error
+
+
+def encode_outputs(output: Any, job: Job) -> Iterator[Media]:
+    """Each image or video of a pipeline's output object, encoded in the job's format."""
+    if (frames := getattr(output, "frames", None)) is not None:
+        for index, clip in enumerate(frames):
+            array = np.stack([np.asarray(frame) for frame in clip])
+            yield _media(job, index, encode_video(array), array.shape, "mp4")
+        return
+    for index, image in enumerate(output.images):
+        data = encode_image(image, job.format, job.compression)
+        yield _media(job, index, data, (1, image.height, image.width), job.format)
+
+
+def encode_image(image: Image.Image, format: str, compression: int) -> bytes:
+    """``compression`` is the quality of JPEG and WebP in percent, as OpenAI defines it; PNG is always lossless."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compress_level": 1} if format == "png" else {"quality": compression}
+    image.save(buffer, format=format.upper(), **options)
+    return buffer.getvalue()
+
+
+def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
+    """H.264 in MP4 from frames ``[F, H, W, 3]``, uint8 or float in 0..1."""
+    import av
+
+    if frames.dtype != np.uint8:
+        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _media(job: Job, index: int, data: bytes, shape: tuple[int, ...], format: Any) -> Media:
+    return Media(job_id=job.id, index=index, format=format, data=data, num_frames=shape[0], height=shape[1], width=shape[2])

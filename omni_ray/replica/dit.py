@@ -1,0 +1,80 @@
+"""A DiT replica: the Serve deployment that owns one gang of ranks and turns its events into one stream per job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from ray import serve
+from ray.exceptions import RayActorError
+
+from omni_ray.config.spec import DitGroup
+from omni_ray.errors import Unavailable
+from omni_ray.messages import Capabilities, Event, Job, LoadProgress
+
+logger = logging.getLogger("ray.serve")
+
+
+class Gang(Protocol):
+    """What a replica needs of the ranks that it owns (``engine.gang.Gang``, handed over by ``app.py``)."""
+
+    def load(self) -> AsyncIterator[LoadProgress | Capabilities]: ...
+    def run(self, job: Job) -> AsyncIterator[Event]: ...
+    async def join(self) -> None: ...
+
+
+class DitReplica:
+    """``launch`` starts the gang for a group, given the replica's id."""
+
+    async def __init__(self, group: DitGroup, launch: Callable[[DitGroup, str], Gang]) -> None:
+        context = serve.get_replica_context()
+        self._group = group
+        self._router = serve.get_deployment_handle("Router", context.app_name)
+        self._replica_id = context.replica_id.unique_id
+        self._gang = launch(group, self._replica_id)
+        self._capabilities = await self._load()
+        self._report(LoadProgress(group=group.id, replica_id=self._replica_id, phase="ready"))
+        self._watch = asyncio.create_task(self._die_with_gang())
+
+    async def _load(self) -> Capabilities:
+        self._report(LoadProgress(group=self._group.id, replica_id=self._replica_id, phase="starting"))
+        try:
+            async for step in self._gang.load():
+                if isinstance(step, Capabilities):
+                    return step
+                self._report(step)
+            raise Unavailable(f"{self._group.id}: the gang ended while it loaded")
+        except Exception as error:
+            self._report(LoadProgress(group=self._group.id, replica_id=self._replica_id, phase="failed", detail=str(error)))
+            raise
+
+    def _report(self, progress: LoadProgress) -> None:
+        """Tell the router, without waiting for it."""
+        self._router.report.remote(progress)
+
+    async def _die_with_gang(self) -> None:
+        """A gang that lost a rank is gone: end the process at once, so that Serve starts a new replica."""
+        try:
+            await self._gang.join()
+        except RayActorError as error:
+            logger.error("%s: lost a rank, this replica ends: %s", self._group.id, error)
+        os._exit(1)
+
+    async def describe(self) -> Capabilities:
+        """What the pipeline accepts."""
+        return self._capabilities
+
+    async def run(self, job: Job) -> AsyncIterator[Event]:
+        """The job's events, last a Usage or a Failure. Closing the stream cancels the job; Unavailable if a rank dies."""
+        try:
+            async for event in self._gang.run(job):
+                yield event
+        except RayActorError as error:
+            raise Unavailable(f"{self._group.id} lost a rank") from error
+
+    async def check_health(self) -> None:
+        if self._watch.done():
+            raise Unavailable(f"{self._group.id} lost its gang")

@@ -1,0 +1,109 @@
+"""The router actor: maps model names to groups, runs DiT jobs through their group's queue, and knows what is ready.
+
+Requests of AR models do not pass through here. The API asks for the :meth:`Router.routes` now and then, and streams
+from the group that they name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
+
+from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
+from omni_ray.messages import Event, GroupStatus, Job, LoadProgress, Route
+from omni_ray.router.group import GroupDispatcher
+
+STATUS_MAX_AGE_S = 0.5
+
+
+class Router:
+    """``handles`` are those of the DiT groups, by group id; ``deployments`` name every group's deployment."""
+
+    def __init__(self, spec: OmniSpec, handles: dict[str, DeploymentHandle], deployments: dict[str, str]) -> None:
+        self._spec = spec
+        self._deployments = deployments
+        self._groups = {g.id: GroupDispatcher(g, handles[g.id]) for g in spec.groups if isinstance(g, DitGroup)}
+        self._progress: dict[str, dict[str, LoadProgress]] = {g.id: {} for g in spec.groups}
+        self._application = serve.get_replica_context().app_name
+        self._overview: ApplicationStatusOverview | None = None
+        self._overview_time = 0.0
+        self._describing: dict[str, asyncio.Task[Any]] = {}
+
+    async def run(self, job: Job) -> AsyncIterator[Event]:
+        """Run a DiT job. Yields its events, last exactly one Usage or Failure; closing the stream cancels the job."""
+        dispatcher = self._groups[job.group]
+        if dispatcher.capabilities is not None:
+            job = dataclasses.replace(job, params=dispatcher.capabilities.defaults | job.params)
+        async for event in dispatcher.run(job):
+            yield event
+
+    async def report(self, progress: LoadProgress) -> None:
+        """A replica tells what it does while it loads."""
+        self._progress[progress.group][progress.replica_id] = progress
+
+    async def routes(self) -> tuple[Route, ...]:
+        """Every group and pipeline as the API needs it."""
+        ready = {status.group: status.ready for status in await self.status()}
+        return tuple([self._route(model, ready) for model in self._spec.models])
+
+    def _route(self, model: Model, ready: dict[str, bool]) -> Route:
+        if isinstance(model, Pipeline):
+            parts = [self._first(model.rewrite), self._first(model.generate)]
+            limits = {"rewrite": parts[0], "generate": parts[1]}
+            return Route(
+                group=model.id, name=model.name, profile=None, type="pipeline", names=(model.name,), ready=all(ready[p] for p in parts), limits=limits
+            )
+        names = (model.id, model.name) if self._first(model.name) == model.id and model.profile else (model.id,)
+        return Route(
+            group=model.id, name=model.name, profile=model.profile, type=model.type, names=names, ready=ready[model.id], limits=self._limits(model)
+        )
+
+    def _first(self, name: str) -> str:
+        """The group that a name means: its own id, or the first profile of that name."""
+        return next(g.id for g in self._spec.groups if name in (g.id, g.name))
+
+    def _limits(self, group: ArGroup | DitGroup) -> dict[str, Any]:
+        if isinstance(group, ArGroup):
+            return {}
+        dispatcher = self._groups[group.id]
+        limits = {"max_prompt_chars": group.limits.max_prompt_chars}
+        if dispatcher.capabilities is None:
+            if group.id not in self._describing:
+                self._describing[group.id] = asyncio.create_task(dispatcher.describe())
+            return limits
+        described = dataclasses.asdict(dispatcher.capabilities)
+        return limits | described | {"fields": sorted(described["fields"])}
+
+    async def status(self) -> tuple[GroupStatus, ...]:
+        """Replicas, load progress and queue of every group, as Ray Serve and the replicas tell it."""
+        overview = await self._serve_status()
+        return tuple([self._group_status(group, overview) for group in self._spec.groups])
+
+    async def _serve_status(self) -> ApplicationStatusOverview | None:
+        if time.monotonic() - self._overview_time > STATUS_MAX_AGE_S:
+            self._overview_time = time.monotonic()
+            status = await asyncio.to_thread(serve.status)
+            self._overview = status.applications.get(self._application)
+        return self._overview
+
+    def _group_status(self, group: ArGroup | DitGroup, overview: ApplicationStatusOverview | None) -> GroupStatus:
+        deployment = overview.deployments.get(self._deployments[group.id]) if overview else None
+        replicas = {str(state): num for state, num in deployment.replica_states.items()} if deployment else {}
+        dispatcher = self._groups.get(group.id)
+        return GroupStatus(
+            group=group.id,
+            ready=replicas.get("RUNNING", 0) > 0,
+            replicas=replicas,
+            progress=tuple(self._progress[group.id].values()),
+            num_queued=len(dispatcher.queue.queued) if dispatcher else 0,
+            num_running=len(dispatcher.queue.running) if dispatcher else 0,
+            outstanding_s=dispatcher.queue.outstanding_s if dispatcher else 0.0,
+            message=deployment.message if deployment else "",
+        )
