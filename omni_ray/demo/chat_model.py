@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast as UntypedTokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+PreTrainedTokenizerFast: Any = UntypedTokenizer
 
 VOCAB = 1024
 MAX_TOKENS = 2048
@@ -20,7 +24,7 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE of ``VOCAB`` tokens learned from the texts, lower-casing; every byte is a token."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Lowercase()
@@ -36,15 +40,16 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model() -> Qwen3ForCausalLM:
+def build_model() -> Any:
     """About 1.8 M parameters; attention heads of 64, which vLLM's CPU attention takes."""
-    return Qwen3ForCausalLM(Qwen3Config(
+    config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=MAX_TOKENS, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+        bos_token_id=None, eos_token_id=2, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    return Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
-def save_chat(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_chat(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes the folder; its generation defaults are greedy (the likeliest token alone is sampled from)."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

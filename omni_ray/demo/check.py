@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 
 COLOUR_TOLERANCE = 55.0  # RGB units from a palette colour
 FOREGROUND = 60.0  # RGB units from the background
+FRAME = 2  # pixels at the rim that no shape reaches and an autoencoder may stain
 SPECK = 60  # pixels: a smaller blob is noise
 MIN_OVERLAP = 0.75  # intersection over union with the ideal shape
 UNIT_AREAS = {"circle": math.pi, "square": math.pi, "triangle": 2.1954, "diamond": 2.47, "star": 1.8972}
@@ -71,7 +72,8 @@ def _grow(mask: Array, seed: tuple[int, int]) -> Array:
 
 def _parts(mask: Array) -> list[Array]:
     """The connected parts of ``mask`` that are larger than a speck, largest first."""
-    left, parts = mask.copy(), []
+    left = mask.copy()
+    parts: list[Array] = []
     while len(parts) < 8 and left.any():
         row, column = np.unravel_index(int(left.argmax()), left.shape)
         part = _grow(left, (int(row), int(column)))
@@ -124,8 +126,10 @@ def read(image: Image.Image) -> Reading:
     if off > COLOUR_TOLERANCE:
         return Reading(name, (), f"the background is {off:.0f} RGB units from the nearest colour, {name}")
     background = np.median(frame, axis=0)
-    blobs = []
-    for part in _parts(np.linalg.norm(pixels - background, axis=2) > FOREGROUND):
+    blobs: list[Blob] = []
+    mask = np.linalg.norm(pixels - background, axis=2) > FOREGROUND
+    inside = np.pad(mask[FRAME:-FRAME, FRAME:-FRAME], FRAME)
+    for part in _parts(inside):
         blob, problem = _blob(pixels, part, background)
         if blob is None:
             return Reading(name, tuple(blobs), problem)

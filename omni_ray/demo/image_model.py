@@ -104,9 +104,9 @@ def build_tokenizer() -> Any:
 def build_pipeline(model: TextAndTransformer, vae: Any) -> Any:
     """The trained parts as a pipeline."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False)
-    return diffusers.FluxPipeline(scheduler=scheduler, vae=vae, text_encoder=model.text_encoder, tokenizer=build_tokenizer(),
-                        text_encoder_2=model.text_encoder_2, tokenizer_2=build_tokenizer(),
-                        transformer=model.transformer)
+    return diffusers.FluxPipeline(
+        scheduler=scheduler, vae=vae, transformer=model.transformer, tokenizer=build_tokenizer(),
+        text_encoder=model.text_encoder, tokenizer_2=build_tokenizer(), text_encoder_2=model.text_encoder_2)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:

@@ -145,7 +145,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300, help="wall clock for everything")
     parser.add_argument("--eval-seconds", type=float, default=30, help="kept free for the save and the evaluation")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--count", type=int, default=600000 if cuda else 20000)
+    parser.add_argument("--count", type=int, default=300000 if cuda else 20000)
     parser.add_argument("--length", type=int, default=160, help="tokens a training conversation")
     parser.add_argument("--batch", type=int, default=256 if cuda else 16)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -16,6 +16,7 @@ from omni_ray.config.spec import ArGroup, OmniSpec
 from omni_ray.errors import Unavailable
 from omni_ray.messages import HttpHead, HttpRequest, LoadProgress
 from omni_ray.replica.asgi import AsgiApp, Exchange
+from omni_ray.replica.orphans import leave_none
 
 if TYPE_CHECKING:
     from omni_ray.replica.vllm_adapter import Vllm
@@ -79,6 +80,7 @@ class ArReplica:
         return app
 
     def _start_engine(self, source: str, loop: asyncio.AbstractEventLoop) -> Vllm:
+        leave_none()
         from omni_ray.replica.vllm_adapter import Vllm, serve_args
 
         args = serve_args(self._group, source)
@@ -99,7 +101,15 @@ class ArReplica:
         await asyncio.sleep(LAST_ANSWERS_S)
         os._exit(1)
 
+    async def close(self) -> None:
+        """End the engine, its ranks and the application."""
+        await asyncio.gather(self._loading, return_exceptions=True)
+        vllm, self._vllm = self._vllm, None
+        if vllm is not None:
+            await vllm.close()
+
     def __del__(self) -> None:
+        """Ray Serve calls this when it stops a replica in good order."""
         if self._vllm is not None:
             self._vllm.shutdown()
 

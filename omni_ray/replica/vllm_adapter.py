@@ -66,6 +66,7 @@ class Vllm:
     """An engine and vLLM's own HTTP application around it. The constructor blocks until the weights are loaded."""
 
     def __init__(self, args: Namespace) -> None:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self._args = args
         self._llm: Any = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args),
@@ -93,6 +94,11 @@ class Vllm:
     @property
     def num_unfinished_requests(self) -> int:
         return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    async def close(self) -> None:
+        """End the application, the engine and its ranks."""
+        await self._lifespan.aclose()
+        self.shutdown()
 
     def shutdown(self) -> None:
         """End the engine and its ranks."""

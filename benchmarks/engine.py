@@ -1,0 +1,112 @@
+"""The lane engine against plain diffusers, one device, one process, one run.
+
+    python -m benchmarks.engine FOLDER|demo:image [--dummy] [--sizes 256 512 1024] [--compile] [--requests 8] [--steps 12 16 20]
+
+For each size: the same requests one after the other through the plain pipeline, then sent together to the engine, and
+together with batch size 1 forced. Prints the ratio of the two times, the forwards of the transformer, and how far the
+images are apart (PSNR in dB of 8-bit pixels; `inf` is bit for bit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import queue
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_ray.accel.compile import apply_compile
+from omni_ray.accel.loader import load_pipeline, resolve
+from omni_ray.config.spec import Batching, Compile, DitGroup
+from omni_ray.engine import lane
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.messages import Failure, Job, Usage
+from omni_ray.sources import resolve_source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--dummy", action="store_true", help="random weights")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--steps", type=int, nargs="+", default=[12, 16, 20])
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is taken")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    group = DitGroup(type="dit", name="bench", source=args.source, load_format="dummy" if args.dummy else "auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = load_pipeline(resolve(resolve_source(args.source)), dtype, device, group, lambda *_: None)
+    pipe.set_progress_bar_config(disable=True)
+    apply_compile(pipe, Compile(mode="regional" if args.compile else "none"))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, {args.requests} requests of {args.steps} steps, {dtype}")
+    print(f"{'size':>6} {'plain s':>9} {'lanes s':>9} {'ratio':>7} {'forwards':>12} {'PSNR dB':>8} {'one by one':>11} {'PSNR dB':>8}")
+    for size in args.sizes:
+        jobs = [_job(i, size, args.steps[i % len(args.steps)], args.source) for i in range(args.requests)]
+        _plain(pipe, [_short(jobs[0])])
+        _lanes(pipe, [_short(job) for job in jobs], Batching(max_num_seqs=16))
+        plain_s, images, num_plain = min((_plain(pipe, jobs) for _ in range(args.repeats)), key=lambda r: r[0])
+        lanes_s, joined, num_lanes = min((_lanes(pipe, jobs, Batching(max_num_seqs=16)) for _ in range(args.repeats)), key=lambda r: r[0])
+        single_s, single, _ = _lanes(pipe, jobs, Batching(max_num_seqs=16, max_num_batched_tokens=1))
+        print(
+            f"{size:>6} {plain_s:>9.2f} {lanes_s:>9.2f} {lanes_s / plain_s:>7.3f} {f'{num_lanes} of {num_plain}':>12} "
+            f"{_psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {_psnr(images, single):>8.1f}",
+            flush=True,
+        )
+
+
+def _job(index: int, size: int, steps: int, source: str) -> Job:
+    params: dict[str, Any] = {"prompt": f"a red circle {index}", "height": size, "width": size, "num_inference_steps": steps}
+    if source == "demo:image":
+        params |= {"prompt": "a small green triangle left of a large blue square", "max_sequence_length": 32}
+    return Job(id=f"job-{index}", model="bench", group="bench", params=params, seed=index)
+
+
+def _short(job: Job) -> Job:
+    return dataclasses.replace(job, id=f"warm-{job.id}", params=job.params | {"num_inference_steps": 2})
+
+
+def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
+    """Seconds, images and forwards of the jobs one after the other."""
+    start = time.perf_counter()
+    images = [pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)).images[0] for job in jobs]
+    return time.perf_counter() - start, [np.asarray(image) for image in images], sum(job.params["num_inference_steps"] for job in jobs)
+
+
+def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
+    """The same for the jobs sent together. Images are taken before they are encoded, as the plain pipeline gives them."""
+    forwards = 0
+    images: dict[str, Any] = {}
+    lane.encode_outputs = lambda output, job: iter(images.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]
+
+    def count(turn: Any) -> None:
+        nonlocal forwards
+        forwards += bool(turn.run)
+
+    loop, ended = EngineLoop(pipe, batching, announce=count), queue.SimpleQueue[Any]()
+    loop.start()
+    start = time.perf_counter()
+    for job in jobs:
+        loop.submit(job, lambda event: ended.put(event) if isinstance(event, (Usage, Failure)) else None)
+    for _ in jobs:
+        if isinstance(event := ended.get(), Failure):
+            raise event.error
+    seconds = time.perf_counter() - start
+    loop.stop()
+    return seconds, [images[job.id] for job in jobs], forwards
+
+
+def _psnr(first: list[Any], second: list[Any]) -> float:
+    error = float(np.mean([np.mean((a.astype(float) - b.astype(float)) ** 2) for a, b in zip(first, second, strict=True)]))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the endpoint costs: the same load on the bare engine and on omni_ray, in one run, as ratios.
+
+    python -m benchmarks.overhead ar  SOURCE [--dummy] [--max-concurrency 1 64 256]    # beside `vllm serve`
+    python -m benchmarks.overhead dit SOURCE [--dummy] [--size 1024x1024] [--steps 28] # beside a plain diffusers script
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PORTS = {"bare": 8100, "omni_ray": 8101}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("type", choices=("ar", "dit"))
+    parser.add_argument("source")
+    parser.add_argument("--dummy", action="store_true", help="random weights")
+    parser.add_argument("--max-concurrency", nargs="+", default=["1", "64", "256"])
+    parser.add_argument("--output-len", default="128")
+    parser.add_argument("--size", default="1024x1024")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--engine-args", default="{}", help="JSON, given to both sides")
+    parser.add_argument("--api-replicas", type=int, default=1)
+    args = parser.parse_args()
+    (compare_ar if args.type == "ar" else compare_dit)(args)
+
+
+def compare_ar(args: argparse.Namespace) -> None:
+    engine_args = json.loads(args.engine_args)
+    flags = [f"--{key.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in engine_args.items()]
+    bare = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.source, "--served-model-name=bench", f"--port={PORTS['bare']}", *flags]
+    if args.dummy:
+        bare.append("--load-format=dummy")
+    model = {"name": "bench", "type": "ar", "source": args.source, "load_format": "dummy" if args.dummy else "auto", "engine_args": engine_args}
+    rows = {side: _load_chat(args, side, command) for side, command in (("bare", bare), ("omni_ray", _omni(args, model)))}
+    print(f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} {'bare TTFT ms':>13} {'omni TTFT ms':>13} {'ratio':>6}  failed")
+    for one, two in zip(rows["bare"], rows["omni_ray"], strict=True):
+        print(
+            f"{'plain' if one['plain'] else 'stream':>7} {one['concurrency']:>9} {one['req/s']:>11.2f} {two['req/s']:>11.2f} {two['req/s'] / one['req/s']:>6.3f} "
+            f"{one['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms'] / one['ttft_p50_ms']:>6.2f}  {one['failed']} {two['failed']}"
+        )
+
+
+def _load_chat(args: argparse.Namespace, side: str, command: list[str]) -> list[dict[str, Any]]:
+    url, rows = f"http://127.0.0.1:{PORTS[side]}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
+    with _Running(command, url + ("/ready" if side == "omni_ray" else "/health")):
+        for mode in ([], ["--plain"]):
+            load = ["--base-url", url, "--model", "bench", "--max-concurrency", *args.max_concurrency, "--output-len", args.output_len, "--num-prompts", "16"]
+            subprocess.run([sys.executable, "-m", "benchmarks.serving", *load, *mode, "--json", str(rows)], check=True)
+    return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def compare_dit(args: argparse.Namespace) -> None:
+    plain = subprocess.run([sys.executable, "-m", "benchmarks.overhead_plain", json.dumps(vars(args))], check=True, stdout=subprocess.PIPE, text=True)
+    plain_s = float(plain.stdout.splitlines()[-1])
+    model = {
+        "name": "bench", "type": "dit", "source": args.source, "load_format": "dummy" if args.dummy else "auto",
+        "compile": {"mode": "regional" if args.compile else "none"},
+    }  # fmt: skip
+    url, rows = f"http://127.0.0.1:{PORTS['omni_ray']}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
+    with _Running(_omni(args, model), url + "/ready"):
+        load = ["--base-url", url, "--model", "bench", "--dataset", "images", "--size", args.size, "--steps", str(args.steps)]
+        load += ["--max-concurrency", "1", "--num-prompts", str(args.images), "--clients", "1", "--json", str(rows)]
+        subprocess.run([sys.executable, "-m", "benchmarks.serving", *load], check=True)
+    served_s = json.loads(rows.read_text())["e2e_mean_s"]
+    print(f"\n{args.source} {args.size}, {args.steps} steps: plain diffusers {plain_s:.3f} s, through HTTP {served_s:.3f} s, ratio {served_s / plain_s:.4f}")
+
+
+def _omni(args: argparse.Namespace, model: dict[str, Any]) -> list[str]:
+    spec = {"models": [model], "api": {"num_replicas": args.api_replicas}}
+    file = Path(tempfile.mkstemp(suffix=".yaml")[1])
+    application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": spec}
+    file.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1", "port": PORTS["omni_ray"]}, "applications": [application]}))
+    return [sys.executable, "-m", "omni_ray.cli", "serve", str(file), "--port", str(PORTS["omni_ray"])]
+
+
+class _Running:
+    """A server process, waited for until ``url`` answers 200, ended at exit."""
+
+    def __init__(self, command: list[str], url: str, timeout_s: float = 400) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+        self._url, self._timeout_s = url, timeout_s
+
+    def __enter__(self) -> None:
+        start = time.monotonic()
+        while time.monotonic() - start < self._timeout_s and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(self._url, timeout=5):
+                    print(f"ready after {time.monotonic() - start:.0f} s: {self._url}", flush=True)
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        self.__exit__()
+        sys.exit("not ready:\n" + Path(self._log.name).read_text()[-8000:])
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+if __name__ == "__main__":
+    main()

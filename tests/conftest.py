@@ -1,0 +1,62 @@
+"""One real server, `deployments/omni.yaml` on Ray Serve, vLLM and diffusers, that all tests share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+START_S = 300
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: its address, and the process that started it."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        """Return when every group is ready; the log's end is the message of the failure."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=10).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        pytest.fail(f"the server is not ready after {timeout_s} s:\n{self.log.read_text()[-6000:]}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`omni-ray serve deployments/omni.yaml` on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "omni_ray.cli", "serve", str(ROOT / "deployments/omni.yaml"), "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, cwd=ROOT)
+    running = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,138 @@
+"""The router's parts without Ray: what work costs, who waits where, what happens when a replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from omni_ray.config.spec import DitGroup
+from omni_ray.errors import Overloaded, Unavailable
+from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
+from omni_ray.router import balance
+from omni_ray.router.balance import LeastSeconds
+from omni_ray.router.cost import CostModel
+from omni_ray.router.group import GroupDispatcher
+from omni_ray.router.jobs import JobRecord
+from omni_ray.router.queue import GroupQueue
+
+
+def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
+    return Job(id=name, model="m", group="m", params={"num_inference_steps": steps, "height": size, "width": size, **params}, num_outputs=n)
+
+
+def true_cost(each: Job) -> float:
+    steps, megapixels = each.params["num_inference_steps"], each.params["height"] * each.params["width"] / 1e6
+    return float(steps * (0.02 + 0.15 * megapixels * each.num_outputs) + 0.3 * megapixels * each.num_outputs)
+
+
+def test_costs_are_learnt_from_what_was_measured() -> None:
+    model = CostModel()
+    for steps, size, n in [(20, 256, 1), (28, 512, 2), (50, 1024, 1), (10, 768, 4), (35, 1536, 1), (25, 512, 1)] * 3:
+        model.learn(job(steps=steps, size=size, n=n), true_cost(job(steps=steps, size=size, n=n)))
+    for unseen in (job(steps=40, size=640), job(steps=12, size=1280, n=2)):
+        assert model.estimate_s(unseen) == pytest.approx(true_cost(unseen), rel=0.05)
+
+
+def test_guidance_doubles_the_work() -> None:
+    model = CostModel()
+    assert model.estimate_s(job(negative_prompt="dull")) > 1.8 * model.estimate_s(job()) - 0.5
+
+
+async def places(queue: GroupQueue, record: JobRecord) -> list[int]:
+    return [place async for place in queue.wait_turn(record)]
+
+
+async def test_the_queue_is_first_in_first_out_and_tells_the_place() -> None:
+    queue = GroupQueue("m", max_queued=8, capacity=lambda: 1)
+    records = [JobRecord(job=job(str(i)), cost_s=2.0) for i in range(3)]
+    for record in records:
+        queue.admit(record)
+    assert await places(queue, records[0]) == []
+    assert queue.start_s(records[2]) == pytest.approx(4.0)
+    waiting = [asyncio.create_task(places(queue, record)) for record in records[1:]]
+    await asyncio.sleep(0)
+    await queue.leave(records[0])
+    assert await waiting[0] == [0]
+    await queue.leave(records[1])
+    assert await waiting[1] == [1, 0]
+    assert queue.outstanding_s == pytest.approx(2.0)
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    queue = GroupQueue("m", max_queued=2, capacity=lambda: 1)
+    for i in range(2):
+        queue.admit(JobRecord(job=job(str(i)), cost_s=30.0))
+    with pytest.raises(Overloaded, match="2 requests queued, and its limit is 2") as refused:
+        queue.admit(JobRecord(job=job("x"), cost_s=30.0))
+    assert refused.value.retry_after_s == pytest.approx(30.0)
+
+
+class Replicas:
+    """Stands where Serve's handle stands; each entry of ``script`` is what one attempt yields, or raises."""
+
+    deployment_name = "m"
+
+    def __init__(self, script: list[list[Event | Exception]]) -> None:
+        self.script = script
+        self.run = self
+
+    def options(self, **_: Any) -> Replicas:
+        return self
+
+    def remote(self, each: Job) -> Stream:
+        return Stream(self.script.pop(0))
+
+
+class Stream:
+    def __init__(self, items: list[Event | Exception]) -> None:
+        self.items = items
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for item in self.items:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        pass
+
+
+STEP = StepEvent(job_id="j", step=1, num_steps=2, seconds=0.1)
+MEDIA = Media(job_id="j", index=0, format="png", data=b"x", width=1, height=1)
+USAGE = Usage(job_id="j", seed=1, steps_computed=2, steps_skipped=0, device_s=1.0, queue_s=0.0, run_s=1.0)
+
+
+async def run(script: list[list[Event | Exception]]) -> list[Event]:
+    group = DitGroup(type="dit", name="m", source="x")
+    handle: Any = Replicas(script)
+    return [event async for event in GroupDispatcher(group, handle).run(job())]
+
+
+async def test_a_job_whose_replica_dies_runs_again_and_its_media_come_once() -> None:
+    events = await run([[STEP, MEDIA, RayActorError()], [STEP, MEDIA, USAGE]])
+    assert [type(event) for event in events] == [StepEvent, StepEvent, Media, Usage]
+    assert not balance.remaining_s
+
+
+async def test_three_lost_replicas_end_in_one_clear_error() -> None:
+    events = await run([[STEP, RayActorError()]] * 3)
+    assert isinstance(events[-1], Failure)
+    assert isinstance(events[-1].error, Unavailable)
+    assert "lost its replica 3 times" in events[-1].error.message
+
+
+async def test_the_replica_with_the_fewest_seconds_is_first() -> None:
+    router = object.__new__(LeastSeconds)
+    router.initialize_state()
+    replicas: list[Any] = [type("Replica", (), {"replica_id": name})() for name in "ab"]
+    router._jobs = {"r1": ("a", "long"), "r2": ("b", "short"), "r3": ("b", "short2")}  # type: ignore[dict-item]
+    balance.remaining_s.update({"long": 60.0, "short": 1.0, "short2": 1.0})
+    try:
+        ranked = await router.choose_replicas(replicas)
+        assert [rank[0].replica_id for rank in ranked] == ["b", "a"]
+    finally:
+        balance.remaining_s.clear()
