@@ -26,7 +26,7 @@ def build_tiny_ar(folder: Path, *, num_layers: int = 2, hidden_size: int = 64, m
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL_TOKENS)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=max_length
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -47,5 +47,7 @@ def build_tiny_ar(folder: Path, *, num_layers: int = 2, hidden_size: int = 64, m
         bos_token_id=None,
         tie_word_embeddings=True,
     )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     return folder

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
+from torch.nn import functional
 
 from omni_ray.demo import draw, scenes
 from omni_ray.demo.clock import Budget, learning_rate

@@ -89,7 +89,7 @@ class ArReplica:
 
     def _check_engine(self) -> None:
         if self._vllm is None or self._vllm.errored:
-            raise Unavailable(f"the vLLM engine of this replica of {self._group.id!r} is dead; another replica may answer")
+            raise Unavailable(f"model {self._group.id!r}: the vLLM engine of this replica is dead; try again")
 
     async def _exit_with_engine(self) -> None:
         """Leave at once when the engine dies. A replica that answers 503 quickly would draw requests to itself, as

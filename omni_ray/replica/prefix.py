@@ -18,11 +18,11 @@ MAX_OPENING_BYTES = 8192
 def request_router_config(routing: str) -> RequestRouterConfig:
     """Ray Serve's own power of two choices for ``balanced``, `PrefixRouter` for ``prefix``."""
     if routing == "prefix":
-        return RequestRouterConfig(request_router_class=f"{__name__}:{PrefixRouter.__name__}")
+        return RequestRouterConfig.model_validate({"request_router_class": f"{__name__}:{PrefixRouter.__name__}"})
     return RequestRouterConfig()
 
 
-class PrefixRouter(RequestRouter):  # type: ignore[misc]
+class PrefixRouter(RequestRouter):
     """Sends prompts with the same opening to the same replica, unless that one is much busier than the rest.
 
     The opening is everything up to and including the first user message (`opening`): all turns of a conversation go
@@ -37,9 +37,9 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     It reads the call's first argument, an `HttpRequest`; callers set nothing.
     """
 
-    def initialize_state(self, load_factor: float = 1.25, free_requests: int = 8) -> None:
-        self._load_factor = load_factor
-        self._free_requests = free_requests
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._load_factor = float(kwargs.get("load_factor", 1.25))
+        self._free_requests = int(kwargs.get("free_requests", 8))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -13,7 +13,7 @@ import os
 from argparse import Namespace
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -84,7 +84,7 @@ class Vllm:
         # vLLM's error handlers ask a dead engine's server to exit; here Ray Serve replaces the replica.
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-        return app  # type: ignore[no-any-return]
+        return cast(AsgiApp, app)
 
     @property
     def errored(self) -> bool:
