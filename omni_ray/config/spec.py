@@ -7,22 +7,49 @@ and the name alone means the first of them. Unknown keys are refused; so is, by 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from omni_ray.config.nearest import hint
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
 Positive = Annotated[int, Field(ge=1)]
 
+DEMO_SOURCES = ("demo:chat", "demo:image")
 
-def _not_yet(what: str, value: object, use: object) -> ValueError:
-    return ValueError(f"{what} = {value!r} is not supported yet; use {use!r}")
+# The names of `vllm serve` for what has a key of its own here.
+VLLM_ALIASES = {
+    "model": "source",
+    "served_model_name": "name",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "tensor_parallel_size": "parallel.tensor",
+    "pipeline_parallel_size": "parallel.pipeline",
+    "gpu_memory_utilization": "memory.gpu_memory_utilization",
+    "cpu_offload_gb": "offload.cpu_offload_gb",
+    "trust_remote_code": "trust_remote_code",
+    "load_format": "load_format",
+}
 
 
 class Block(BaseModel):
-    """Base of every block: frozen, and an unknown key is an error."""
+    """Base of every block: frozen, and an unknown key is an error.
+
+    The message of a validator of several keys has a line per problem, which begins with the key that it means, so that
+    `load` can point at it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    aliases: ClassVar[dict[str, str]] = {}
+    """Other names that people know for the block's keys."""
+
+
+def _only(value: Any, supported: Any) -> Any:
+    if value != supported:
+        raise ValueError(f"{value!r} is not supported yet; use {supported!r}")
+    return value
 
 
 class Autoscaling(Block):
@@ -30,19 +57,25 @@ class Autoscaling(Block):
 
     min_replicas: int = Field(1, ge=0, description="Replicas kept when idle.")
     max_replicas: Positive = Field(description="Replicas at full load.")
-    target_ongoing_requests: float = Field(4.0, gt=0, description="Requests in flight per replica that scaling aims at.")
+    target_ongoing_requests: float = Field(
+        4.0, gt=0, description="Requests in flight per replica that scaling aims at."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} > max_replicas {self.max_replicas}; swap them")
+            raise ValueError(
+                f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}; swap them"
+            )
         return self
 
 
 class Memory(Block):
     """How much device memory a rank may take."""
 
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Fraction of each GPU's memory that a rank may use.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Fraction of each GPU's memory that a rank may use."
+    )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an AR replica that runs on a CPU, in GiB.")
 
 
@@ -60,66 +93,66 @@ class ArParallel(Block):
 class DitParallel(Block):
     """How one replica is spread over ranks. The product of all axes is the number of ranks of a replica."""
 
-    tensor: Positive = Field(1, description="Tensor-parallel ranks.")
-    ulysses: Positive = Field(1, description="Ulysses sequence-parallel ranks.")
-    ring: Positive = Field(1, description="Ring sequence-parallel ranks.")
+    tensor: Positive = Field(1, description="Tensor-parallel ranks; 1 so far.")
+    ulysses: Positive = Field(1, description="Ulysses sequence-parallel ranks; 1 so far.")
+    ring: Positive = Field(1, description="Ring sequence-parallel ranks; 1 so far.")
     cfg: Literal[1, 2] = Field(1, description="Classifier-free guidance branches run side by side.")
 
     @property
     def num_ranks(self) -> int:
         return self.tensor * self.ulysses * self.ring * self.cfg
 
-    @model_validator(mode="after")
-    def _supported(self) -> Self:
-        for axis in ("tensor", "ulysses", "ring", "cfg"):
-            if (degree := getattr(self, axis)) != 1:
-                raise _not_yet(f"parallel.{axis} of a dit model", degree, 1)
-        return self
+    @field_validator("tensor", "ulysses", "ring", "cfg")
+    @classmethod
+    def _supported(cls, degree: int) -> int:
+        return int(_only(degree, 1))
 
 
 class Cache(Block):
     """Reuse of computed denoise steps."""
 
-    kind: Literal["none", "teacache", "cache_dit"] = Field("none", description="Which cache answers steps that can be skipped.")
+    kind: Literal["none", "teacache", "cache_dit"] = Field(
+        "none", description="Which cache answers steps that can be skipped."
+    )
 
     @field_validator("kind")
     @classmethod
     def _supported(cls, kind: str) -> str:
-        if kind != "none":
-            raise _not_yet("cache.kind", kind, "none")
-        return kind
+        return str(_only(kind, "none"))
 
 
 class ArOffload(Block):
     """Weights kept in host memory."""
 
-    cpu_offload_gb: float = Field(0.0, ge=0, description="GiB of weights per rank that vLLM keeps in host memory; 0 is off.")
+    cpu_offload_gb: float = Field(
+        0.0, ge=0, description="GiB of weights per rank that vLLM keeps in host memory; 0 is off."
+    )
 
 
 class DitOffload(Block):
     """Weights kept in host memory and brought to the device when needed."""
 
-    kind: Literal["none", "model", "layerwise", "sequential"] = Field("none", description="What moves between host and device.")
+    kind: Literal["none", "model", "layerwise", "sequential"] = Field(
+        "none", description="What moves between host and device."
+    )
 
     @field_validator("kind")
     @classmethod
     def _supported(cls, kind: str) -> str:
-        if kind != "none":
-            raise _not_yet("offload.kind", kind, "none")
-        return kind
+        return str(_only(kind, "none"))
 
 
 class DitQuantization(Block):
     """Weights and activations in fewer bits."""
 
-    kind: Literal["none", "int8", "int4", "fp8"] = Field("none", description="Number format of the transformer's weights.")
+    kind: Literal["none", "int8", "int4", "fp8"] = Field(
+        "none", description="Number format of the transformer's weights."
+    )
 
     @field_validator("kind")
     @classmethod
     def _supported(cls, kind: str) -> str:
-        if kind != "none":
-            raise _not_yet("quantization.kind", kind, "none")
-        return kind
+        return str(_only(kind, "none"))
 
 
 class Compile(Block):
@@ -132,14 +165,20 @@ class Compile(Block):
 class Attention(Block):
     """The attention kernel."""
 
-    backend: str | None = Field(None, description="A diffusers attention backend, such as `native`, `_native_cudnn` or `sage`; null keeps the model's own.")
+    backend: str | None = Field(
+        None,
+        description="A diffusers attention backend, such as `native` or `_native_cudnn`; null keeps the model's own.",
+    )
 
 
 class Batching(Block):
     """What the gate may join into one forward."""
 
     max_num_seqs: Positive = Field(8, description="Requests that run side by side in one replica.")
-    max_num_batched_tokens: Positive = Field(12288, description="Tokens of one joined forward, text tokens included. One request alone always runs. 1 forces batch size 1.")
+    max_num_batched_tokens: Positive = Field(
+        12288,
+        description="Tokens of one joined forward, text included; a request alone always runs, so 1 joins none.",
+    )
 
 
 class Limits(Block):
@@ -162,14 +201,23 @@ class Group(Block):
     """What AR and DiT groups have in common."""
 
     name: Name = Field(description="The model name that requests use.")
-    profile: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = Field(None, description="Tells groups of one name apart: `name:profile`.")
+    profile: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = Field(
+        None, description="Tells groups of one name apart: `name:profile`."
+    )
     source: str = Field(min_length=1, description="A local folder, a hub id, or one of the shipped `demo:` models.")
     num_replicas: Positive = Field(1, description="Replicas of the group.")
-    autoscaling: Autoscaling | None = Field(None, description="Lets the number of replicas follow the load, in place of `num_replicas`.")
+    autoscaling: Autoscaling | None = Field(
+        None, description="Lets the number of replicas follow the load, in place of `num_replicas`."
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="`auto` takes GPUs where the cluster has any.")
     num_cpus: float = Field(0.5, gt=0, description="Ray CPUs that each rank reserves.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Number format of weights and activations; `auto` is the checkpoint's on a GPU, and on a CPU what the engine runs best.")
-    load_format: Literal["auto", "dummy"] = Field("auto", description="`dummy` makes random weights from the configs, to measure speed without a checkpoint.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Number format of weights and activations; `auto` is the checkpoint's, on a CPU the engine's best.",
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="`dummy` makes random weights from the configs, to measure speed without a checkpoint."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
     memory: Memory = Field(default_factory=Memory, description="Device memory.")
     queue: Queue = Field(default_factory=Queue, description="The queue in front of the group.")
@@ -189,33 +237,39 @@ class Group(Block):
 class ArGroup(Group):
     """An autoregressive model (LLM or VLM) on vLLM."""
 
-    type: Literal["ar"] = Field(description="`ar`")
+    aliases: ClassVar[dict[str, str]] = VLLM_ALIASES
+
+    type: Literal["ar"] = Field(description="Served by vLLM.")
     parallel: ArParallel = Field(default_factory=ArParallel, description="Ranks of one replica.")
     offload: ArOffload = Field(default_factory=ArOffload, description="Weights in host memory.")
-    quantization: str | None = Field(None, description="A vLLM quantization method, such as `fp8` or `awq`; null reads the checkpoint's own.")
-    routing: Literal["balanced", "prefix"] = Field("balanced", description="`prefix` sends prompts that begin alike to one replica, for its prefix cache.")
+    quantization: str | None = Field(
+        None, description="A vLLM quantization method, such as `fp8` or `awq`; null reads the checkpoint's own."
+    )
+    routing: Literal["balanced", "prefix"] = Field(
+        "balanced", description="`prefix` sends prompts that begin alike to one replica, for its prefix cache."
+    )
     max_ongoing_requests: Positive = Field(512, description="Requests inside one replica's vLLM at a time.")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="Any other argument of `vllm serve`, by its name with underscores.")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="Any other argument of `vllm serve`, by its name with underscores."
+    )
 
     @field_validator("engine_args")
     @classmethod
     def _no_second_home(cls, args: dict[str, Any]) -> dict[str, Any]:
-        homes = {
-            "model": "source", "served_model_name": "name", "dtype": "dtype", "quantization": "quantization",
-            "tensor_parallel_size": "parallel.tensor", "pipeline_parallel_size": "parallel.pipeline",
-            "gpu_memory_utilization": "memory.gpu_memory_utilization", "cpu_offload_gb": "offload.cpu_offload_gb",
-            "trust_remote_code": "trust_remote_code", "load_format": "load_format",
-        }  # fmt: skip
-        for key in args:
-            if (home := homes.get(key.replace("-", "_"))) is not None:
-                raise ValueError(f"{key} has a key of its own: set {home} of the model instead")
+        homes = {key: VLLM_ALIASES[name] for key in args if (name := key.replace("-", "_")) in VLLM_ALIASES}
+        if homes:
+            raise ValueError(
+                "\n".join(
+                    f"{key}: has a key of its own; set {home} of the model instead" for key, home in homes.items()
+                )
+            )
         return args
 
 
 class DitGroup(Group):
     """A diffusion transformer (image or video) on diffusers."""
 
-    type: Literal["dit"] = Field(description="`dit`")
+    type: Literal["dit"] = Field(description="Served by diffusers.")
     parallel: DitParallel = Field(default_factory=DitParallel, description="Ranks of one replica.")
     cache: Cache = Field(default_factory=Cache, description="Reuse of computed steps.")
     offload: DitOffload = Field(default_factory=DitOffload, description="Weights in host memory.")
@@ -224,13 +278,16 @@ class DitGroup(Group):
     attention: Attention = Field(default_factory=Attention, description="Attention kernel.")
     batching: Batching = Field(default_factory=Batching, description="What the gate joins.")
     limits: Limits = Field(default_factory=Limits, description="What one request may ask for.")
-    defaults: dict[str, Any] = Field(default_factory=dict, description="Values of the pipeline's arguments where a request does not say, such as `num_inference_steps`.")
+    defaults: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values of the pipeline's arguments where a request does not say, such as `num_inference_steps`.",
+    )
 
 
 class Pipeline(Block):
     """A chain: the AR model rewrites what a person says, the DiT model draws it."""
 
-    type: Literal["pipeline"] = Field(description="`pipeline`")
+    type: Literal["pipeline"] = Field(description="A chain of two models of the file.")
     name: Name = Field(description="The model name that requests use.")
     rewrite: str = Field(description="Name of the `ar` model that rewrites the prompt.")
     generate: str = Field(description="Name of the `dit` model that takes the rewritten prompt.")
@@ -250,7 +307,9 @@ class Api(Block):
 
     num_replicas: Positive = Field(1, description="Processes that take HTTP requests.")
     max_body_mib: float = Field(32.0, gt=0, description="Largest request body in MiB; more gets a 413.")
-    stream_interval_ms: float = Field(20.0, ge=0, description="Tokens of a stream are joined over this many milliseconds; 0 sends each alone.")
+    stream_interval_ms: float = Field(
+        20.0, ge=0, description="Tokens of a stream are joined over this many milliseconds; 0 sends each alone."
+    )
 
 
 class OmniSpec(Block):
@@ -265,19 +324,29 @@ class OmniSpec(Block):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        seen: dict[str, int] = {}
-        kinds: dict[str, str] = {}
-        for i, m in enumerate(self.models):
-            if m.id in seen:
-                raise ValueError(f"models[{i}] and models[{seen[m.id]}] are both {m.id!r}; give one another name or profile")
-            seen[m.id] = i
-            if kinds.setdefault(m.name, m.type) != m.type:
-                raise ValueError(f"models[{i}]: {m.name!r} is {m.type}, but another group of that name is {kinds[m.name]}; rename one")
-        known = {k: g.type for g in reversed(self.groups) for k in (g.id, g.name)}
-        for i, m in enumerate(self.models):
-            if isinstance(m, Pipeline):
-                for key, want in (("rewrite", "ar"), ("generate", "dit")):
-                    if known.get(target := getattr(m, key)) != want:
-                        choices = sorted(k for k, t in known.items() if t == want)
-                        raise ValueError(f"models[{i}].{key} = {target!r} is no {want} model of this file; choose from {choices}")
+        if problems := [*self._clashes(), *self._broken_chains()]:
+            raise ValueError("\n".join(problems))
         return self
+
+    def _clashes(self) -> Iterator[str]:
+        """Two models with one id, or one name for models of two types."""
+        first: dict[str, int] = {}
+        types: dict[str, str] = {}
+        for i, model in enumerate(self.models):
+            if first.setdefault(model.id, i) != i:
+                other = first[model.id]
+                yield f"models[{i}].name: models[{other}] is {model.id!r} too; give one another name or profile"
+            elif types.setdefault(model.name, model.type) != model.type:
+                yield f"models[{i}].name = {model.name!r} is also a model of type {types[model.name]}; rename one"
+
+    def _broken_chains(self) -> Iterator[str]:
+        """Chains whose links are not models of this file, of the right type."""
+        names = {"ar": set[str](), "dit": set[str]()}
+        for group in self.groups:
+            names[group.type] |= {group.id, group.name}
+        for i, chain in enumerate(self.models):
+            if isinstance(chain, Pipeline):
+                for key, type_, target in (("rewrite", "ar", chain.rewrite), ("generate", "dit", chain.generate)):
+                    if target not in names[type_]:
+                        choose = hint(target, sorted(names[type_])) if names[type_] else "add one"
+                        yield f"models[{i}].{key} = {target!r} is no {type_} model of this file; {choose}"

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Phase = Literal["starting", "loading weights", "ready", "failed"]
 WATCH_INTERVAL_S = 0.5
 LAST_ANSWERS_S = 1.0
 
@@ -49,7 +50,7 @@ class ArReplica:
 
         :raises Unavailable: the engine is dead and nothing of the answer was sent; another replica may take it.
         """
-        app = await self._loading
+        app = await asyncio.shield(self._loading)
         self._check_engine()
         exchange = Exchange(app, request)
         try:
@@ -134,7 +135,7 @@ class _Progress:
     def in_serve(self) -> bool:
         return self._router is not None
 
-    def report(self, phase: Any, *, detail: str = "") -> None:
+    def report(self, phase: Phase, *, detail: str = "") -> None:
         if self._router is not None:
             done = self._total_bytes if phase == "ready" else 0
             progress = LoadProgress(

@@ -52,13 +52,16 @@ class Exchange:
         return self._head
 
     async def body(self, join_s: float) -> AsyncGenerator[bytes, None]:
-        """The pieces of the body: the first at once, later ones joined over ``join_s`` seconds, the last at once."""
+        """The pieces of the body: the first two at once (a chat stream opens with a piece that bears the role alone),
+        later ones joined over ``join_s`` seconds, the last at once."""
+        num_sent = 0
         while True:
             if self._pieces:
                 due = asyncio.get_running_loop().time() + join_s
                 piece, self._pieces = b"".join(self._pieces), []
                 yield piece
-                if join_s:
+                num_sent += 1
+                if join_s and num_sent > 1:
                     await self._ended_by(due)
             elif self._ended.is_set():
                 return

@@ -32,7 +32,8 @@ class PrefixRouter(RequestRouter):
     share of openings only. Load is bounded as in consistent hashing with bounded loads (Mirrokni et al., 2018): a
     replica with more than ``load_factor`` times its fair share of the requests in flight is passed over, except below
     ``free_requests`` of them. In exchange for its statelessness it does not know what is still in the caches, and it
-    finds no common beginnings that are longer or shorter than the opening.
+    finds no common beginnings that are longer or shorter than the opening. Loads are those that this caller last saw
+    (Serve's queue length cache), so requests of one instant are not spread.
 
     It reads the call's first argument, an `HttpRequest`; callers set nothing.
     """

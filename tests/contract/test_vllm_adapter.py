@@ -205,6 +205,17 @@ async def test_bad_engine_args(engine_args: dict[str, Any], words: str) -> None:
         await ArReplica(spec, group_of(spec), "somewhere").check_health()
 
 
+async def test_the_device_must_be_the_one_that_vllm_runs_on() -> None:
+    from vllm.platforms import current_platform
+
+    from omni_ray.replica.vllm_adapter import serve_args
+
+    device = "cuda" if current_platform.is_cpu() else "cpu"
+    group = group_of(spec_of("somewhere")).model_copy(update={"device": device})
+    with pytest.raises(ConfigError, match=f"device = '{device}'"):
+        serve_args(group, "somewhere")
+
+
 async def test_engine_args_are_typed_by_vllm() -> None:
     from omni_ray.replica.vllm_adapter import serve_args
 
@@ -223,7 +234,7 @@ async def test_engine_args_are_typed_by_vllm() -> None:
 
 async def test_a_dead_rank_makes_the_replica_unavailable(replica: ArReplica) -> None:
     """Last in the module: it kills the engine."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     streams = [asyncio.create_task(post(replica, CHAT, **LONG)) for _ in range(2)]
     await seconds_until(lambda: unfinished(replica) == 2, within_s=5)

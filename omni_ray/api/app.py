@@ -1,0 +1,93 @@
+"""The ingress: one table of routes, and the choice of who answers by the type of the model."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from omni_ray import __version__
+from omni_ray.api.body import model_name, parse_object, read_body
+from omni_ray.api.chat import chat_with_drawer
+from omni_ray.api.directory import Directory
+from omni_ray.api.docs import AR_BODY, body_of, describe, ref
+from omni_ray.api.errors import answer_error
+from omni_ray.api.forward import PATHS, Forwarder
+from omni_ray.api.images import generate_images
+from omni_ray.api.jobs import Jobs
+from omni_ray.api.metrics import metrics
+from omni_ray.api.models import Models
+from omni_ray.api.pipeline import Drawer
+from omni_ray.api.protocol import ChatRequest, ImagesRequest
+from omni_ray.config.spec import OmniSpec, Pipeline
+from omni_ray.errors import OmniRayError, RequestError
+
+
+@serve.ingress()
+class Api:
+    """``router`` is the router's handle, ``ar_handles`` are those of the AR groups by group id."""
+
+    def __init__(
+        self, spec: OmniSpec, router: DeploymentHandle[Any], ar_handles: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
+        chains = {model.id: model for model in spec.models if isinstance(model, Pipeline)}
+        self._max_body_bytes = int(spec.api.max_body_mib * 2**20)
+        self._directory = Directory(router)
+        self._forwarder = Forwarder(ar_handles, self._directory)
+        self._drawer = Drawer(chains, self._directory, self._forwarder, Jobs(router, self._directory))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
+        for kind in (OmniRayError, HTTPException, Exception):
+            app.add_exception_handler(kind, answer_error)
+        self._add_routes(app)
+        describe(app)
+        return app
+
+    def _add_routes(self, app: FastAPI) -> None:
+        models = Models(self._directory)
+        post: dict[str, Any] = {"methods": ["POST"], "tags": ["inference"]}
+        get: dict[str, Any] = {"methods": ["GET"]}
+        app.add_api_route("/v1/chat/completions", self.chat, **post, openapi_extra=body_of(AR_BODY, ref(ChatRequest)))
+        app.add_api_route("/v1/images/generations", self.images, **post, openapi_extra=body_of(ref(ImagesRequest)))
+        for path in PATHS:
+            app.add_api_route(path, self.forward, **post, name=path, openapi_extra=body_of(AR_BODY))
+        app.add_api_route("/v1/models", models.models, **get, tags=["models"])
+        app.add_api_route("/v1/models/{name:path}", models.model, **get, tags=["models"])
+        app.add_api_route("/health", models.health, **get, tags=["operation"])
+        app.add_api_route("/ready", models.ready, **get, tags=["operation"])
+        app.add_api_route("/metrics", metrics, **get, tags=["operation"])
+
+    async def chat(self, request: Request) -> Response:
+        """AR models answer as vLLM does. DiT models and chains draw what the last user message says."""
+        raw = await read_body(request, self._max_body_bytes)
+        body = parse_object(raw)
+        route = await self._directory.open(model_name(body))
+        if route.type == "ar":
+            return await self._forwarder.forward(route.group, request, raw)
+        return await chat_with_drawer(self._drawer, route, body, _request_id(request))
+
+    async def images(self, request: Request) -> Response:
+        """DiT models and chains draw the prompt."""
+        body = parse_object(await read_body(request, self._max_body_bytes))
+        route = await self._directory.open(model_name(body))
+        if route.type == "ar":
+            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        return await generate_images(self._drawer, route, body, _request_id(request))
+
+    async def forward(self, request: Request) -> Response:
+        """AR models answer as vLLM does."""
+        raw = await read_body(request, self._max_body_bytes)
+        route = await self._directory.open(model_name(parse_object(raw)))
+        if route.type != "ar":
+            raise RequestError(f"{route.name} draws; use /v1/chat/completions or /v1/images/generations", param="model")
+        return await self._forwarder.forward(route.group, request, raw)
+
+
+def _request_id(request: Request) -> str:
+    return request.headers.get("x-request-id") or str(uuid.uuid4())

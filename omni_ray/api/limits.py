@@ -1,0 +1,123 @@
+"""What a DiT model can do: checks a request against it, and makes it a job."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from omni_ray.api.protocol import Generation
+from omni_ray.api.wording import did_you_mean, shown
+from omni_ray.errors import RequestError
+from omni_ray.messages import Job, MediaFormat, Route
+
+FORMATS: dict[str, tuple[MediaFormat, ...]] = {"image": ("png", "jpeg", "webp"), "video": ("mp4",)}
+"""By the kind of output; the first is the default."""
+
+
+def make_job(request: Generation, prompt: str, images: tuple[bytes, ...], route: Route, request_id: str) -> Job:
+    """The job that ``request`` asks for; RequestError naming every field that ``route`` cannot fulfil."""
+    if problems := list(_problems(request, prompt, images, route.limits)):
+        sentences = dict.fromkeys(f"{field}: {problem}" for field, problem in problems)
+        raise RequestError("; ".join(sentences), param=problems[0][0])
+    return Job(
+        id=f"{request_id[:64]}-{uuid.uuid4().hex[:8]}",
+        model=route.name,
+        group=route.group,
+        params={"prompt": prompt, **request.pipeline_args},
+        num_outputs=request.num_outputs,
+        seed=request.seed,
+        images=images,
+        format=request.output_format or FORMATS[route.limits["output"]][0],
+        compression=100 if request.output_compression is None else request.output_compression,
+    )
+
+
+Problems = Iterator[tuple[str, str]]
+"""Names of fields, and what is wrong with each."""
+
+
+def _problems(request: Generation, prompt: str, images: tuple[bytes, ...], limits: dict[str, Any]) -> Problems:
+    texts = {"prompt": prompt, "negative_prompt": request.negative_prompt}
+    yield from _text_problems(texts, limits["max_prompt_chars"])
+    yield from _field_problems(request, images, limits)
+    yield from _size_problems(request, limits)
+    yield from _count_problems(request, limits)
+    yield from _format_problems(request, limits["output"])
+
+
+def _text_problems(texts: dict[str, str | None], max_chars: int) -> Problems:
+    for name, text in texts.items():
+        if name == "prompt" and not (text or "").strip():
+            yield name, "is empty; say what to draw"
+        if text is not None and len(text) > max_chars:
+            yield name, f"has {len(text)} characters, at most {max_chars} are taken"
+
+
+def _field_problems(request: Generation, images: tuple[bytes, ...], limits: dict[str, Any]) -> Problems:
+    fields, defaults = limits["fields"], limits["defaults"]
+    extra = request.__pydantic_extra__
+    taken = ", ".join(sorted({*fields} - {"prompt", "image"}))
+    for name, value in request.pipeline_args.items():
+        if name in ("prompt", "image") or (name in extra and name not in fields):
+            known = {*type(request).model_fields, *fields}
+            yield name, f"is no field of this request{did_you_mean(name, known) or '; its pipeline takes ' + taken}"
+        elif name not in fields:
+            yield name, f"is not taken by the pipeline of this model, which takes {taken}"
+        elif name in extra and not _fits(value, defaults.get(name)):
+            yield name, f"{shown(value)} is not of the kind of its default {shown(defaults.get(name))}"
+    if images and "image" not in fields:
+        yield "image", "is not taken: this model draws from text alone"
+
+
+def _fits(value: object, default: object) -> bool:
+    """Whether a value can stand in the place of a default, in so far as their kinds tell."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (bool, int, float, str)) if default is None else type(value) is type(default)
+
+
+def _size_problems(request: Generation, limits: dict[str, Any]) -> Problems:
+    said = dict(zip(("width", "height"), request.pixels, strict=True))
+    multiple, max_pixels = limits["size_multiple"], limits["max_pixels"]
+    for name, pixels in said.items():
+        if pixels is not None and pixels % multiple:
+            near = max(multiple, round(pixels / multiple) * multiple)
+            yield _said_in(request, name), f"{pixels} is no multiple of {multiple}; {near} is"
+    width, height = (pixels or limits["defaults"].get(name, 0) for name, pixels in said.items())
+    if width * height > max_pixels:
+        product = f"{width} x {height} = {width * height}"
+        larger = "width" if width >= height else "height"
+        yield _said_in(request, larger), f"{product} pixels are more than the {max_pixels} that are taken"
+
+
+def _said_in(request: Generation, name: str) -> str:
+    return name if getattr(request, name) is not None or request.size is None else "size"
+
+
+def _count_problems(request: Generation, limits: dict[str, Any]) -> Problems:
+    maxima = {"num_inference_steps": "max_steps", "num_frames": "max_frames"}
+    for name, limit in maxima.items():
+        value = getattr(request, name)
+        if value is not None and value > limits[limit]:
+            yield name, f"{shown(value)} is more than {limits[limit]}"
+    if request.num_outputs > limits["max_outputs"]:
+        name = "n" if request.n is not None else "num_outputs_per_prompt"
+        yield name, f"{shown(request.num_outputs)} is more than {limits['max_outputs']}"
+    multiple, frames = limits["frame_multiple"], request.num_frames
+    if frames is not None and frames % multiple != 1 % multiple:
+        near = frames // multiple * multiple + 1
+        yield "num_frames", f"{frames} is not 1 more than a multiple of {multiple}; {near} is"
+
+
+def _format_problems(request: Generation, output: str) -> Problems:
+    if request.modalities is not None and output not in request.modalities:
+        yield "modalities", f"{request.modalities} has no {output}, which is what this model makes"
+    chosen, formats = request.output_format, FORMATS[output]
+    if chosen is not None and chosen not in formats:
+        yield "output_format", f"{chosen!r} is no format of this model's output; choose from {', '.join(formats)}"
+    if request.output_compression not in (None, 100) and chosen not in ("jpeg", "webp"):
+        yield "output_compression", "is for jpeg and webp, which output_format has to name; the others are always whole"

@@ -1,0 +1,59 @@
+"""The command line: ``omni-ray check | serve | status``. Each verb imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from omni_ray import __version__
+from omni_ray.errors import OmniRayError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8000"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb and exit: 0 done, 1 it failed, 2 the command line is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        sys.exit(_run(arguments))
+    except OmniRayError as error:
+        sys.exit(error.message)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.verb == "check":
+        from omni_ray.cli.check import check
+
+        return check(arguments.file)
+    if arguments.verb == "serve":
+        from omni_ray.cli.serve import serve
+
+        return serve(arguments.file, arguments.host, arguments.port)
+    from omni_ray.cli.status import status
+
+    return status(arguments.address)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omni-ray", description="Serves LLMs (vLLM) and diffusion transformers (diffusers) behind one endpoint."
+    )
+    parser.add_argument("--version", action="version", version=f"omni-ray {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    check = verbs.add_parser("check", help="say what is wrong with a file, without starting anything")
+    check.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a file, with a progress line per model",
+        description="Serves FILE until Ctrl-C, on a Ray of its own, or on the cluster that RAY_ADDRESS names.",
+    )
+    serve.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+    serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
+
+    status = verbs.add_parser("status", help="what a running server is doing")
+    status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
+    return parser
