@@ -46,14 +46,20 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     apply_compile(pipe, Compile(mode="regional" if args.compile else "none"))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, {args.requests} requests of {args.steps} steps, {dtype}")
-    print(f"{'size':>6} {'plain s':>9} {'lanes s':>9} {'ratio':>7} {'forwards':>12} {'PSNR dB':>8} {'one by one':>11} {'PSNR dB':>8}")
+    print(
+        f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, {args.requests} requests of {args.steps} steps, {dtype}"
+    )
+    print(
+        f"{'size':>6} {'plain s':>9} {'lanes s':>9} {'ratio':>7} {'forwards':>12} {'PSNR dB':>8} {'one by one':>11} {'PSNR dB':>8}"
+    )
     for size in args.sizes:
         jobs = [_job(i, size, args.steps[i % len(args.steps)], args.source) for i in range(args.requests)]
         _plain(pipe, [_short(jobs[0])])
         _lanes(pipe, [_short(job) for job in jobs], Batching(max_num_seqs=16))
         plain_s, images, num_plain = min((_plain(pipe, jobs) for _ in range(args.repeats)), key=lambda r: r[0])
-        lanes_s, joined, num_lanes = min((_lanes(pipe, jobs, Batching(max_num_seqs=16)) for _ in range(args.repeats)), key=lambda r: r[0])
+        lanes_s, joined, num_lanes = min(
+            (_lanes(pipe, jobs, Batching(max_num_seqs=16)) for _ in range(args.repeats)), key=lambda r: r[0]
+        )
         single_s, single, _ = _lanes(pipe, jobs, Batching(max_num_seqs=16, max_num_batched_tokens=1))
         print(
             f"{size:>6} {plain_s:>9.2f} {lanes_s:>9.2f} {lanes_s / plain_s:>7.3f} {f'{num_lanes} of {num_plain}':>12} "
@@ -63,7 +69,12 @@ def main() -> None:
 
 
 def _job(index: int, size: int, steps: int, source: str) -> Job:
-    params: dict[str, Any] = {"prompt": f"a red circle {index}", "height": size, "width": size, "num_inference_steps": steps}
+    params: dict[str, Any] = {
+        "prompt": f"a red circle {index}",
+        "height": size,
+        "width": size,
+        "num_inference_steps": steps,
+    }
     if source == "demo:image":
         params |= {"prompt": "a small green triangle left of a large blue square", "max_sequence_length": 32}
     return Job(id=f"job-{index}", model="bench", group="bench", params=params, seed=index)
@@ -77,7 +88,11 @@ def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
     """Seconds, images and forwards of the jobs one after the other."""
     start = time.perf_counter()
     images = [pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)).images[0] for job in jobs]
-    return time.perf_counter() - start, [np.asarray(image) for image in images], sum(job.params["num_inference_steps"] for job in jobs)
+    return (
+        time.perf_counter() - start,
+        [np.asarray(image) for image in images],
+        sum(job.params["num_inference_steps"] for job in jobs),
+    )
 
 
 def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
@@ -104,7 +119,9 @@ def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[
 
 
 def _psnr(first: list[Any], second: list[Any]) -> float:
-    error = float(np.mean([np.mean((a.astype(float) - b.astype(float)) ** 2) for a, b in zip(first, second, strict=True)]))
+    error = float(
+        np.mean([np.mean((a.astype(float) - b.astype(float)) ** 2) for a, b in zip(first, second, strict=True)])
+    )
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 

@@ -1,7 +1,7 @@
 """What the endpoint costs: the same load on the bare engine and on omni_ray, in one run, as ratios.
 
-    python -m benchmarks.overhead ar  SOURCE [--dummy] [--max-concurrency 1 64 256]    # beside `vllm serve`
-    python -m benchmarks.overhead dit SOURCE [--dummy] [--size 1024x1024] [--steps 28] # beside a plain diffusers script
+python -m benchmarks.overhead ar  SOURCE [--dummy] [--max-concurrency 1 64 256]    # beside `vllm serve`
+python -m benchmarks.overhead dit SOURCE [--dummy] [--size 1024x1024] [--steps 28] # beside a plain diffusers script
 """
 
 from __future__ import annotations
@@ -43,13 +43,34 @@ def main() -> None:
 
 def compare_ar(args: argparse.Namespace) -> None:
     engine_args = json.loads(args.engine_args)
-    flags = [f"--{key.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in engine_args.items()]
-    bare = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.source, "--served-model-name=bench", f"--port={PORTS['bare']}", *flags]
+    flags = [
+        f"--{key.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in engine_args.items()
+    ]
+    bare = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        args.source,
+        "--served-model-name=bench",
+        f"--port={PORTS['bare']}",
+        *flags,
+    ]
     if args.dummy:
         bare.append("--load-format=dummy")
-    model = {"name": "bench", "type": "ar", "source": args.source, "load_format": "dummy" if args.dummy else "auto", "engine_args": engine_args}
-    rows = {side: _load_chat(args, side, command) for side, command in (("bare", bare), ("omni_ray", _omni(args, model)))}
-    print(f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} {'bare TTFT ms':>13} {'omni TTFT ms':>13} {'ratio':>6}  failed")
+    model = {
+        "name": "bench",
+        "type": "ar",
+        "source": args.source,
+        "load_format": "dummy" if args.dummy else "auto",
+        "engine_args": engine_args,
+    }
+    rows = {
+        side: _load_chat(args, side, command) for side, command in (("bare", bare), ("omni_ray", _omni(args, model)))
+    }
+    print(
+        f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} {'bare TTFT ms':>13} {'omni TTFT ms':>13} {'ratio':>6}  failed"
+    )
     for one, two in zip(rows["bare"], rows["omni_ray"], strict=True):
         print(
             f"{'plain' if one['plain'] else 'stream':>7} {one['concurrency']:>9} {one['req/s']:>11.2f} {two['req/s']:>11.2f} {two['req/s'] / one['req/s']:>6.3f} "
@@ -61,13 +82,29 @@ def _load_chat(args: argparse.Namespace, side: str, command: list[str]) -> list[
     url, rows = f"http://127.0.0.1:{PORTS[side]}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(command, url + ("/ready" if side == "omni_ray" else "/health")):
         for mode in ([], ["--plain"]):
-            load = ["--base-url", url, "--model", "bench", "--max-concurrency", *args.max_concurrency, "--output-len", args.output_len, "--num-prompts", "16"]
+            load = [
+                "--base-url",
+                url,
+                "--model",
+                "bench",
+                "--max-concurrency",
+                *args.max_concurrency,
+                "--output-len",
+                args.output_len,
+                "--num-prompts",
+                "16",
+            ]
             subprocess.run([sys.executable, "-m", "benchmarks.serving", *load, *mode, "--json", str(rows)], check=True)
     return [json.loads(line) for line in rows.read_text().splitlines()]
 
 
 def compare_dit(args: argparse.Namespace) -> None:
-    plain = subprocess.run([sys.executable, "-m", "benchmarks.overhead_plain", json.dumps(vars(args))], check=True, stdout=subprocess.PIPE, text=True)
+    plain = subprocess.run(
+        [sys.executable, "-m", "benchmarks.overhead_plain", json.dumps(vars(args))],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     plain_s = float(plain.stdout.splitlines()[-1])
     model = {
         "name": "bench", "type": "dit", "source": args.source, "load_format": "dummy" if args.dummy else "auto",
@@ -75,18 +112,35 @@ def compare_dit(args: argparse.Namespace) -> None:
     }  # fmt: skip
     url, rows = f"http://127.0.0.1:{PORTS['omni_ray']}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(_omni(args, model), url + "/ready"):
-        load = ["--base-url", url, "--model", "bench", "--dataset", "images", "--size", args.size, "--steps", str(args.steps)]
+        load = [
+            "--base-url",
+            url,
+            "--model",
+            "bench",
+            "--dataset",
+            "images",
+            "--size",
+            args.size,
+            "--steps",
+            str(args.steps),
+        ]
         load += ["--max-concurrency", "1", "--num-prompts", str(args.images), "--clients", "1", "--json", str(rows)]
         subprocess.run([sys.executable, "-m", "benchmarks.serving", *load], check=True)
     served_s = json.loads(rows.read_text())["e2e_mean_s"]
-    print(f"\n{args.source} {args.size}, {args.steps} steps: plain diffusers {plain_s:.3f} s, through HTTP {served_s:.3f} s, ratio {served_s / plain_s:.4f}")
+    print(
+        f"\n{args.source} {args.size}, {args.steps} steps: plain diffusers {plain_s:.3f} s, through HTTP {served_s:.3f} s, ratio {served_s / plain_s:.4f}"
+    )
 
 
 def _omni(args: argparse.Namespace, model: dict[str, Any]) -> list[str]:
     spec = {"models": [model], "api": {"num_replicas": args.api_replicas}}
     file = Path(tempfile.mkstemp(suffix=".yaml")[1])
     application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": spec}
-    file.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1", "port": PORTS["omni_ray"]}, "applications": [application]}))
+    file.write_text(
+        yaml.safe_dump(
+            {"http_options": {"host": "127.0.0.1", "port": PORTS["omni_ray"]}, "applications": [application]}
+        )
+    )
     return [sys.executable, "-m", "omni_ray.cli", "serve", str(file), "--port", str(PORTS["omni_ray"])]
 
 
@@ -95,7 +149,9 @@ class _Running:
 
     def __init__(self, command: list[str], url: str, timeout_s: float = 400) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+        self._process = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_AUTH_MODE": "disabled"}
+        )
         self._url, self._timeout_s = url, timeout_s
 
     def __enter__(self) -> None:

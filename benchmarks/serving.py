@@ -60,9 +60,22 @@ def body_of(args: argparse.Namespace, index: int) -> tuple[str, dict[str, Any]]:
     words = random.Random(index + args.seed)
     if args.dataset == "images":
         extra = {"num_inference_steps": args.steps} if args.steps else {}
-        return "/v1/images/generations", {"model": args.model, "prompt": "a red circle", "size": args.size, "seed": index, **extra}
-    prompt = " ".join(words.choice(("red", "blue", "circle", "square", "left", "above", "large")) for _ in range(args.input_len))
-    body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": args.output_len, "temperature": 0.0}
+        return "/v1/images/generations", {
+            "model": args.model,
+            "prompt": "a red circle",
+            "size": args.size,
+            "seed": index,
+            **extra,
+        }
+    prompt = " ".join(
+        words.choice(("red", "blue", "circle", "square", "left", "above", "large")) for _ in range(args.input_len)
+    )
+    body = {
+        "model": args.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": args.output_len,
+        "temperature": 0.0,
+    }
     return "/v1/chat/completions", body | {"ignore_eos": True, "stream": not args.plain}
 
 
@@ -137,11 +150,15 @@ def main() -> None:
         run_client(args, [10**6, 10**6 + 1], 1)  # warm-up
         for concurrency in args.max_concurrency:
             row = measure(args, concurrency, pool).row(str(concurrency))
-            cells = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+            cells = (
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
             print(f"{args.model} {'plain' if args.plain else 'stream'}: " + "  ".join(cells), flush=True)
             if args.json:
                 with open(args.json, "a") as file:
-                    file.write(json.dumps({"model": args.model, "url": args.base_url, "plain": args.plain, **row}) + "\n")
+                    file.write(
+                        json.dumps({"model": args.model, "url": args.base_url, "plain": args.plain, **row}) + "\n"
+                    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+)
 from transformers import CLIPTextConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 from tests.tiny_dit import tokenizer
@@ -38,10 +44,23 @@ def flux(folder: Path) -> None:
             },
         ),
         "text_encoder": CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, eos_token_id=2
+            vocab_size=49408,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            projection_dim=768,
+            eos_token_id=2,
         ),
         "text_encoder_2": T5Config(
-            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
         ),
     }
     classes = {
@@ -80,8 +99,14 @@ def qwen3_8b(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
 
 
-def _write(folder: Path, pipeline: str, configs: dict[str, Any], classes: dict[str, list[str]], tokenizers: tuple[str, ...]) -> None:
-    index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], **classes}
+def _write(
+    folder: Path, pipeline: str, configs: dict[str, Any], classes: dict[str, list[str]], tokenizers: tuple[str, ...]
+) -> None:
+    index: dict[str, Any] = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        **classes,
+    }
     for name, config in configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         if isinstance(config, PretrainedConfig):
@@ -92,7 +117,9 @@ def _write(folder: Path, pipeline: str, configs: dict[str, Any], classes: dict[s
     for name in tokenizers:
         index[name] = ["transformers", "PreTrainedTokenizerFast"]
         tokenizer().save_pretrained(folder / name)
-    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+    ).save_pretrained(folder / "scheduler")
     if pipeline == "FluxPipeline":
         index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))

@@ -1,7 +1,7 @@
 """Builds the Ray Serve application from a spec: the one file that sees every hop.
 
-    Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
-      \\->  AR group (ArReplica, vLLM)
+Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
+  \\->  AR group (ArReplica, vLLM)
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ def build(args: OmniSpec) -> serve.Application:
     dit = {g.id: _dit_group(g) for g in spec.groups if isinstance(g, DitGroup)}
     ar = {g.id: _ar_group(g, spec) for g in spec.groups if isinstance(g, ArGroup)}
     deployments = {g.id: deployment_name(g.id) for g in spec.groups}
-    router = serve.deployment(Router).options(name="Router", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, **HEALTH)
+    router = serve.deployment(Router).options(
+        name="Router", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, **HEALTH
+    )
     api = serve.deployment(Api).options(
-        name="Api", num_replicas=spec.api.num_replicas, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, **HEALTH
+        name="Api",
+        num_replicas=spec.api.num_replicas,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        **HEALTH,
     )
     return api.bind(spec, router.bind(spec, dit, deployments), ar)
 
@@ -64,7 +70,11 @@ def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
     options = _group_options(group, gpus_per_rank(group), group.parallel.num_ranks)
     return (
         serve.deployment(ArReplica)
-        .options(**options, max_ongoing_requests=group.max_ongoing_requests, max_queued_requests=group.queue.max_queued_requests)
+        .options(
+            **options,
+            max_ongoing_requests=group.max_ongoing_requests,
+            max_queued_requests=group.queue.max_queued_requests,
+        )
         .bind(spec, group, resolve_source(group.source))
     )
 

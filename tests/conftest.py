@@ -49,7 +49,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "omni_ray.cli", "serve", str(ROOT / "deployments/omni.yaml"), "--port", str(port)]
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, cwd=ROOT)
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+            cwd=ROOT,
+        )
     running = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         running.wait_ready()

@@ -27,10 +27,14 @@ def read_capabilities(pipe: DiffusionPipeline, folder: Path, group: DitGroup) ->
     parameters = inspect.signature(pipe.__call__).parameters
     fields = {name for name in parameters if name not in INTERNAL and "embeds" not in name and "ip_adapter" not in name}
     video = "num_frames" in parameters
-    defaults = {name: parameters[name].default for name in fields if isinstance(parameters[name].default, (int, float, str))}
+    defaults = {
+        name: parameters[name].default for name in fields if isinstance(parameters[name].default, (int, float, str))
+    }
     defaults = _default_size(pipe, parameters) | defaults | _shipped_defaults(folder) | group.defaults
     if unknown := sorted(set(defaults) - fields):
-        raise ConfigError(f"defaults of {group.id}: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(fields))}")
+        raise ConfigError(
+            f"defaults of {group.id}: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(fields))}"
+        )
     has_count = {"num_images_per_prompt", "num_videos_per_prompt"} & set(parameters)
     return Capabilities(
         pipeline=type(pipe).__name__,

@@ -18,5 +18,7 @@ def apply_compile(pipe: DiffusionPipeline, spec: Compile) -> None:
         return
     for name, transformer in transformers_of(pipe).items():
         if not getattr(transformer, "_repeated_blocks", None):
-            raise ConfigError(f"compile.mode 'regional': {name} ({type(transformer).__name__}) names no repeated blocks; set mode: none")
+            raise ConfigError(
+                f"compile.mode 'regional': {name} ({type(transformer).__name__}) names no repeated blocks; set mode: none"
+            )
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=spec.dynamic)

@@ -28,23 +28,35 @@ def resolve(source: str) -> Path:
     if not folder.is_dir():
         folder = Path(snapshot_download(source, ignore_patterns=["*.onnx", "*.msgpack", "*.h5", "*.ckpt"]))
     if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"source {source!r} has no model_index.json, so it is no diffusers pipeline; name a folder that `save_pretrained` wrote")
+        raise ConfigError(
+            f"source {source!r} has no model_index.json, so it is no diffusers pipeline; name a folder that `save_pretrained` wrote"
+        )
     return folder
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype, device: torch.device, group: DitGroup, progress: Progress) -> DiffusionPipeline:
+def load_pipeline(
+    folder: Path, dtype: torch.dtype, device: torch.device, group: DitGroup, progress: Progress
+) -> DiffusionPipeline:
     """The pipeline of ``folder`` with its weights on ``device``, in eval mode.
 
     Raises ConfigError where a component's class is unknown to the installed libraries.
     """
     index = json.loads((folder / "model_index.json").read_text())
-    components = {name: entry for name, entry in index.items() if _is_model(folder / name) and entry[0] in ("diffusers", "transformers")}
+    components = {
+        name: entry
+        for name, entry in index.items()
+        if _is_model(folder / name) and entry[0] in ("diffusers", "transformers")
+    }
     sizes = {name: _num_bytes(folder / name) for name in components}
     done, total, loaded = 0, sum(sizes.values()), {}
     for name, entry in components.items():
         progress(done, total, name)
         cls = _component_class(folder, name, entry)
-        module = _random(cls, folder / name, dtype, device) if group.load_format == "dummy" else cls.from_pretrained(folder / name, dtype=dtype)
+        module = (
+            _random(cls, folder / name, dtype, device)
+            if group.load_format == "dummy"
+            else cls.from_pretrained(folder / name, dtype=dtype)
+        )
         loaded[name] = module.to(device).eval().requires_grad_(False)
         done += sizes[name]
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=group.trust_remote_code, **loaded)
@@ -75,7 +87,9 @@ def _component_class(folder: Path, name: str, entry: list[str]) -> Any:
     library, cls = entry
     found = getattr(importlib.import_module(library), cls, None)
     if found is None:
-        raise ConfigError(f"{folder / 'model_index.json'}: {name} is a {library}.{cls}, which the installed {library} does not have; install a newer one")
+        raise ConfigError(
+            f"{folder / 'model_index.json'}: {name} is a {library}.{cls}, which the installed {library} does not have; install a newer one"
+        )
     return found
 
 

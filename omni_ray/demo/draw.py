@@ -28,6 +28,7 @@ PALETTE: Array = np.array(list(COLOURS.values()), dtype=np.float32)  # [colours,
 
 def _halfplanes() -> Array:
     """[shapes, 5, 3]: unit normal (x right, y down) and offset d in radii; short lists repeat their last row."""
+
     def rows(angles: list[float], d: float) -> list[list[float]]:
         full = [[math.cos(math.radians(a)), math.sin(math.radians(a)), d] for a in angles]
         return (full + full[-1:] * 5)[:5]

@@ -26,8 +26,11 @@ def hardware(device: str) -> str:
     """The name of what runs the model."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name())
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else []
+    model = (
+        [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
     name = model[0].split(":", 1)[1].strip() if model else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -88,11 +91,18 @@ def answers(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]
     found: list[str] = []
     tokenizer.padding_side = "left"
     for start in range(0, len(conversations), batch):
-        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
-                 for c in conversations[start : start + batch]]
+        texts = [
+            tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
+            for c in conversations[start : start + batch]
+        ]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        made = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                              max_new_tokens=48, do_sample=False, top_k=None)
+        made = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=48,
+            do_sample=False,
+            top_k=None,
+        )
         found += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in found]
 
@@ -111,8 +121,10 @@ def _chat_sets(count: int) -> dict[str, list[tuple[list[dict[str, str]], str]]]:
         "held-out requests": [([user(t)], c) for t, c in pairs],
         "the same after a system message": [([system, user(t)], c) for t, c in few],
         "the same in capitals": [([user(t.upper())], c) for t, c in few],
-        "as a second turn": [([user(p), {"role": "assistant", "content": a}, user(t)], c)
-                             for (p, a), (t, c) in zip(before, few, strict=True)],
+        "as a second turn": [
+            ([user(p), {"role": "assistant", "content": a}, user(t)], c)
+            for (p, a), (t, c) in zip(before, few, strict=True)
+        ],
         "plain held-out captions": [([user(s.caption())], s.caption()) for s in scenes.held_out_scenes(len(few))],
     }
 
@@ -135,8 +147,9 @@ def evaluate_chat(folder: Path, count: int, device: str, card: bool = True, dtyp
         if name == "held-out requests":
             share = sum(right) / len(right)
             figures["seconds"] = (time.monotonic() - begin) / len(rows)
-            figures["wrong"] = [f"{c[-1]['content']} -> {a} (wanted: {w})"
-                                for a, (c, w) in zip(got, rows, strict=True) if a != w][:12]
+            figures["wrong"] = [
+                f"{c[-1]['content']} -> {a} (wanted: {w})" for a, (c, w) in zip(got, rows, strict=True) if a != w
+            ][:12]
     figures["params"] = sum(p.numel() for p in model.parameters())
     print(f"chat: {figures}", flush=True)
     if card:

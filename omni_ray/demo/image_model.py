@@ -21,10 +21,30 @@ PreTrainedTokenizerFast: Any = UntypedTokenizer
 TEXT_TOKENS = 32  # both encoders' length; FluxPipeline masks no text, so training and use must agree on it
 SHIFT = 3.0  # the scheduler's time shift, s in sigma = s u / (1 + (s - 1) u)
 LATENT_CHANNELS = 4
-DEFAULTS = {"num_inference_steps": 20, "height": 256, "width": 256, "max_sequence_length": TEXT_TOKENS,
-            "guidance_scale": 1.0}
-WORDS = ["<pad>", "</s>", "<unk>", "a", "an", "on", "background", "left", "right", "of", "above", "below",
-         *SIZES, *COLOURS, *SHAPES]
+DEFAULTS = {
+    "num_inference_steps": 20,
+    "height": 256,
+    "width": 256,
+    "max_sequence_length": TEXT_TOKENS,
+    "guidance_scale": 1.0,
+}
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "a",
+    "an",
+    "on",
+    "background",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    *SIZES,
+    *COLOURS,
+    *SHAPES,
+]
 
 
 class TextAndTransformer(nn.Module):
@@ -36,26 +56,62 @@ class TextAndTransformer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(WORDS), hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=TEXT_TOKENS, projection_dim=128, pad_token_id=0, bos_token_id=3, eos_token_id=1))
-        self.text_encoder_2 = T5EncoderModel(T5Config(
-            vocab_size=len(WORDS), d_model=192, d_kv=32, d_ff=384, num_layers=2, num_heads=6, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", relative_attention_num_buckets=32, pad_token_id=0, eos_token_id=1,
-            is_encoder_decoder=False, use_cache=False))
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(WORDS),
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                max_position_embeddings=TEXT_TOKENS,
+                projection_dim=128,
+                pad_token_id=0,
+                bos_token_id=3,
+                eos_token_id=1,
+            )
+        )
+        self.text_encoder_2 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(WORDS),
+                d_model=192,
+                d_kv=32,
+                d_ff=384,
+                num_layers=2,
+                num_heads=6,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                relative_attention_num_buckets=32,
+                pad_token_id=0,
+                eos_token_id=1,
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
+        )
         self.transformer = diffusers.FluxTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=6, attention_head_dim=32,
-            num_attention_heads=6, joint_attention_dim=192, pooled_projection_dim=128, guidance_embeds=False,
-            axes_dims_rope=(8, 12, 12))
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=2,
+            num_single_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=6,
+            joint_attention_dim=192,
+            pooled_projection_dim=128,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 12, 12),
+        )
         _start_as_identity(self.transformer)
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         pooled = self.text_encoder(ids).pooler_output
         text = self.text_encoder_2(ids)[0]
         velocity: torch.Tensor = self.transformer(
-            hidden_states=latents, timestep=sigma, pooled_projections=pooled, encoder_hidden_states=text,
-            txt_ids=torch.zeros(ids.shape[1], 3, device=ids.device), img_ids=image_ids(ids.device),
-            return_dict=False)[0]
+            hidden_states=latents,
+            timestep=sigma,
+            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(ids.shape[1], 3, device=ids.device),
+            img_ids=image_ids(ids.device),
+            return_dict=False,
+        )[0]
         return velocity
 
 
@@ -85,10 +141,20 @@ def build_vae() -> Any:
     """An autoencoder of 8 x downsampling: [n, 3, 256, 256] in -1..1 to latents [n, 4, 32, 32]."""
     stages = 4
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages,
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
-        sample_size=256, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-        scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=256,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
+    )
 
 
 def build_tokenizer() -> Any:
@@ -97,16 +163,29 @@ def build_tokenizer() -> Any:
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\s]"), " ")])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=TEXT_TOKENS, padding_side="right", truncation_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_TOKENS,
+        padding_side="right",
+        truncation_side="right",
+    )
 
 
 def build_pipeline(model: TextAndTransformer, vae: Any) -> Any:
     """The trained parts as a pipeline."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False)
     return diffusers.FluxPipeline(
-        scheduler=scheduler, vae=vae, transformer=model.transformer, tokenizer=build_tokenizer(),
-        text_encoder=model.text_encoder, tokenizer_2=build_tokenizer(), text_encoder_2=model.text_encoder_2)
+        scheduler=scheduler,
+        vae=vae,
+        transformer=model.transformer,
+        tokenizer=build_tokenizer(),
+        text_encoder=model.text_encoder,
+        tokenizer_2=build_tokenizer(),
+        text_encoder_2=model.text_encoder_2,
+    )
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:

@@ -9,11 +9,26 @@ from omni_ray.demo.scenes import Item, Scene, article, default_background, one_i
 SHAPE_NOUNS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "ball", "disc", "disk", "round thing", "dot", "round shape", "round object", "sphere", "ring"),
     "square": ("square", "box", "block", "square thing", "square shape", "cube", "four-cornered thing", "tile"),
-    "triangle": ("triangle", "three-cornered thing", "pyramid", "triangular thing", "triangular shape",
-                 "three-sided shape", "thing with three corners", "shape with three sides"),
+    "triangle": (
+        "triangle",
+        "three-cornered thing",
+        "pyramid",
+        "triangular thing",
+        "triangular shape",
+        "three-sided shape",
+        "thing with three corners",
+        "shape with three sides",
+    ),
     "diamond": ("diamond", "rhombus", "lozenge", "diamond shape", "diamond-shaped thing", "kite"),
-    "star": ("star", "five-pointed thing", "star shape", "starry thing", "star-shaped thing", "starfish",
-             "thing with five points"),
+    "star": (
+        "star",
+        "five-pointed thing",
+        "star shape",
+        "starry thing",
+        "star-shaped thing",
+        "starfish",
+        "thing with five points",
+    ),
 }
 SOMETHING: dict[str, tuple[str, ...]] = {
     "circle": ("round", "circular", "like a ball", "shaped like a ball"),
@@ -72,14 +87,71 @@ REVERSED: dict[str, tuple[str, ...]] = {  # the second shape's place, said after
     "above": ("below it", "under it", "beneath it", "underneath", "underneath it"),
     "below": ("above it", "over it", "on top of it", "on top"),
 }
-OPENINGS = ("", "", "", "draw", "draw me", "please draw", "could you draw", "can you draw", "can you draw me", "paint",
-            "could you please draw", "i want", "i'd like", "i would like", "i would love to see", "show me", "make",
-            "make me", "give me", "please make", "can i have", "can i get", "could i have", "create", "please create",
-            "sketch", "generate", "let me see", "how about", "i need", "would you paint", "hey, draw", "hi! draw",
-            "hello, could you make", "an image of", "a picture of", "draw a picture of", "make an image of", "imagine",
-            "generate an image of", "show me a picture of", "i want to see", "would you mind drawing", "just")
-CLOSINGS = ("", "", "", "", "", "", "please", "thanks", "thank you", "if you can", "for me", "now", "pls",
-            "if you please", "would be nice", "would be great", "thank you very much")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "draw",
+    "draw me",
+    "please draw",
+    "could you draw",
+    "can you draw",
+    "can you draw me",
+    "paint",
+    "could you please draw",
+    "i want",
+    "i'd like",
+    "i would like",
+    "i would love to see",
+    "show me",
+    "make",
+    "make me",
+    "give me",
+    "please make",
+    "can i have",
+    "can i get",
+    "could i have",
+    "create",
+    "please create",
+    "sketch",
+    "generate",
+    "let me see",
+    "how about",
+    "i need",
+    "would you paint",
+    "hey, draw",
+    "hi! draw",
+    "hello, could you make",
+    "an image of",
+    "a picture of",
+    "draw a picture of",
+    "make an image of",
+    "imagine",
+    "generate an image of",
+    "show me a picture of",
+    "i want to see",
+    "would you mind drawing",
+    "just",
+)
+CLOSINGS = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "please",
+    "thanks",
+    "thank you",
+    "if you can",
+    "for me",
+    "now",
+    "pls",
+    "if you please",
+    "would be nice",
+    "would be great",
+    "thank you very much",
+)
 
 
 def _thing_adjective(rng: random.Random, colour: str) -> str:
@@ -97,11 +169,20 @@ def _colour_before(rng: random.Random, colour: str) -> str:
 
 def _colour_after(rng: random.Random, colour: str) -> str:
     thing, word = rng.choice(THINGS[colour]), rng.choice(("colour", "color"))
-    return rng.choice((
-        f"the {word} of {thing}", f"in the {word} of {thing}", f"with the {word} of {thing}", f"in {colour}",
-        f"as {colour} as {thing}", f"{word}ed like {thing}", f"{colour} like {thing}", f"that is {colour}",
-        f"which has the {word} of {thing}", f"that is {rng.choice(COLOUR_WORDS[colour])}",
-    ))
+    return rng.choice(
+        (
+            f"the {word} of {thing}",
+            f"in the {word} of {thing}",
+            f"with the {word} of {thing}",
+            f"in {colour}",
+            f"as {colour} as {thing}",
+            f"{word}ed like {thing}",
+            f"{colour} like {thing}",
+            f"that is {colour}",
+            f"which has the {word} of {thing}",
+            f"that is {rng.choice(COLOUR_WORDS[colour])}",
+        )
+    )
 
 
 def _determiner(rng: random.Random, rest: str) -> str:
@@ -136,11 +217,19 @@ def background_phrase(rng: random.Random, colour: str) -> str:
     if rng.random() > 0.6:
         word = rng.choice((rng.choice(COLOUR_WORDS[colour]), _thing_adjective(rng, colour)))
     ground = rng.choice(("background", "background", "backdrop", "canvas", "ground"))
-    return rng.choice((
-        f"on {article(word)} {word} {ground}", f"against {article(word)} {word} {ground}", f"on {word}",
-        f"with {article(word)} {word} {ground}", f"over {article(word)} {word} {ground}", f"and the {ground} {word}",
-        f"and make the {ground} {word}", f"with the {ground} in {word}", f"the {ground} should be {word}",
-    ))
+    return rng.choice(
+        (
+            f"on {article(word)} {word} {ground}",
+            f"against {article(word)} {word} {ground}",
+            f"on {word}",
+            f"with {article(word)} {word} {ground}",
+            f"over {article(word)} {word} {ground}",
+            f"and the {ground} {word}",
+            f"and make the {ground} {word}",
+            f"with the {ground} in {word}",
+            f"the {ground} should be {word}",
+        )
+    )
 
 
 def _items(rng: random.Random, scene: Scene) -> str:
@@ -149,11 +238,18 @@ def _items(rng: random.Random, scene: Scene) -> str:
         return first
     second, relation = noun_phrase(rng, scene.items[1]), rng.choice(RELATION_WORDS[scene.relation])
     reverse = rng.choice(REVERSED[scene.relation])
-    return rng.choice((
-        f"{first} {relation} {second}", f"{first} {relation} {second}", f"{first} {relation} {second}",
-        f"{first} that is {relation} {second}", f"{first}, {relation} {second}",
-        f"{first} with {second} {reverse}", f"{first} and {second} {reverse}", f"{first} and, {reverse}, {second}",
-    ))
+    return rng.choice(
+        (
+            f"{first} {relation} {second}",
+            f"{first} {relation} {second}",
+            f"{first} {relation} {second}",
+            f"{first} that is {relation} {second}",
+            f"{first}, {relation} {second}",
+            f"{first} with {second} {reverse}",
+            f"{first} and {second} {reverse}",
+            f"{first} and, {reverse}, {second}",
+        )
+    )
 
 
 def _case(rng: random.Random, text: str) -> str:
@@ -168,8 +264,11 @@ def _loose(rng: random.Random, scene: Scene) -> str:
     usual = scene.background == default_background(scene.items)
     if not usual or rng.random() < 0.25:
         place = background_phrase(rng, scene.background)
-        body = f"{place}, {body}" if rng.random() < 0.15 and place.startswith(("on ", "in ", "at ", "against ")) \
+        body = (
+            f"{place}, {body}"
+            if rng.random() < 0.15 and place.startswith(("on ", "in ", "at ", "against "))
             else f"{body}{rng.choice((' ', ' ', ' ', ', '))}{place}"
+        )
     opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
     text = f"{opening} {body}".strip()
     return f"{text}{rng.choice((' ', ', '))}{closing}" if closing else text

@@ -64,8 +64,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[Turns], lengt
     """
     ids = torch.zeros(len(conversations), length, dtype=torch.int16)
     labels = torch.full_like(ids, IGNORED)
-    pieces = [p for turns in conversations for q, a in turns
-              for p in (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", f"{a}<|im_end|>", "\n")]
+    pieces = [
+        p
+        for turns in conversations
+        for q, a in turns
+        for p in (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", f"{a}<|im_end|>", "\n")
+    ]
     coded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
     row = 0
     for turns in conversations:
@@ -92,8 +96,9 @@ def loss_of(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def train(model: Qwen3ForCausalLM, state: dict[str, Any], data: tuple[Any, Any], args: argparse.Namespace,
-          budget: Budget) -> Qwen3ForCausalLM:
+def train(
+    model: Qwen3ForCausalLM, state: dict[str, Any], data: tuple[Any, Any], args: argparse.Namespace, budget: Budget
+) -> Qwen3ForCausalLM:
     """Trains until the budget ends and returns the moving average of the weights."""
     ids, labels = data
     average = copy.deepcopy(model).requires_grad_(False)
@@ -131,8 +136,15 @@ def train(model: Qwen3ForCausalLM, state: dict[str, Any], data: tuple[Any, Any],
 def save_checkpoint(path: Path, model: Any, average: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Writes the checkpoint in one move; the tokenizer lies beside it."""
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step}, part)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        },
+        part,
+    )
     part.replace(path)
 
 

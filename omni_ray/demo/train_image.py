@@ -115,8 +115,11 @@ def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float) -> 
         if torch.isfinite(torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)):
             optimizer.step()
         if step % 200 == 0:
-            print(f"vae step {step} {budget.elapsed():.0f}s loss {loss.item():.4f} mse {error.item():.5f} "
-                  f"kl {kl.item():.3f}", flush=True)
+            print(
+                f"vae step {step} {budget.elapsed():.0f}s loss {loss.item():.4f} mse {error.item():.5f} "
+                f"kl {kl.item():.3f}",
+                flush=True,
+            )
         step += 1
     vae.eval()
     mean, std = encode(vae, pool, min(pool.size, 64 * batch), batch)[1]
@@ -181,8 +184,12 @@ class Flow:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step}
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over a checkpoint."""
@@ -219,8 +226,9 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
         return False
     pipeline = diffusers.FluxPipeline.from_pretrained(args.start)
     vae.load_state_dict(pipeline.vae.state_dict())
-    vae.register_to_config(scaling_factor=pipeline.vae.config.scaling_factor,
-                           shift_factor=pipeline.vae.config.shift_factor)
+    vae.register_to_config(
+        scaling_factor=pipeline.vae.config.scaling_factor, shift_factor=pipeline.vae.config.shift_factor
+    )
     flow.start_from(pipeline)
     return True
 

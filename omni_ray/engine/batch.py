@@ -113,7 +113,9 @@ def _cut(leaf: Any, total: int, sizes: list[int]) -> list[Any]:
 
 def _flatten(call: Call, size: int) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves of the arguments; a list of B items is one leaf."""
-    return pytree.tree_flatten((call.args, dict(sorted(call.kwargs.items()))), is_leaf=lambda x: isinstance(x, list) and len(x) == size)
+    return pytree.tree_flatten(
+        (call.args, dict(sorted(call.kwargs.items()))), is_leaf=lambda x: isinstance(x, list) and len(x) == size
+    )
 
 
 def _leaf_signature(leaf: Any, size: int) -> Hashable:
@@ -138,7 +140,10 @@ def _join_leaf(column: list[Any], sizes: list[int]) -> Any:
     if isinstance(first, list):
         return [item for leaf in column for item in leaf]
     if isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] in (sizes[0], 1):
-        widened = [leaf.expand(size, *leaf.shape[1:]) if leaf.shape[0] != size else leaf for leaf, size in zip(column, sizes, strict=True)]
+        widened = [
+            leaf.expand(size, *leaf.shape[1:]) if leaf.shape[0] != size else leaf
+            for leaf, size in zip(column, sizes, strict=True)
+        ]
         return torch.cat(widened)
     return first
 

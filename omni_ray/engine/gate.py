@@ -26,7 +26,20 @@ COMPUTING = ("forward", "encode", "decode", "generate", "get_image_features", "g
 class Call:
     """One waiting call of a lane: which module, which method, with what. The loop sets ``result`` or ``error``."""
 
-    __slots__ = ("args", "autocast", "branch", "error", "key", "kwargs", "lane", "method", "name", "result", "tokens", "wake")
+    __slots__ = (
+        "args",
+        "autocast",
+        "branch",
+        "error",
+        "key",
+        "kwargs",
+        "lane",
+        "method",
+        "name",
+        "result",
+        "tokens",
+        "wake",
+    )
 
     def __init__(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs

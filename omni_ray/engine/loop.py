@@ -49,7 +49,9 @@ class Turn:
 class EngineLoop:
     """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread."""
 
-    def __init__(self, pipe: DiffusionPipeline, batching: Batching, announce: Callable[[Turn], None] = lambda turn: None) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, batching: Batching, announce: Callable[[Turn], None] = lambda turn: None
+    ) -> None:
         self._pipe = pipe
         self._batching = batching
         self._announce = announce
@@ -169,15 +171,22 @@ class EngineLoop:
             if len(calls) == 1:
                 calls[0].result = self._forward(calls, *batch.join(calls))
             else:
-                for call, result in zip(calls, batch.split(self._forward(calls, *batch.join(calls)), calls), strict=True):
+                for call, result in zip(
+                    calls, batch.split(self._forward(calls, *batch.join(calls)), calls), strict=True
+                ):
                     call.result = result
         except batch.Unsplittable as reason:
-            logger.warning("%s.%s is computed one request at a time: its answer has %s", calls[0].name, calls[0].method, reason)
+            logger.warning(
+                "%s.%s is computed one request at a time: its answer has %s", calls[0].name, calls[0].method, reason
+            )
             self._alone.add((calls[0].name, calls[0].method))
             return self._compute_each(calls)
         except torch.OutOfMemoryError as error:
             if len(calls) > 1:
-                logger.warning("no memory for %d requests in one forward, computing each alone; lower batching.max_num_batched_tokens", len(calls))
+                logger.warning(
+                    "no memory for %d requests in one forward, computing each alone; lower batching.max_num_batched_tokens",
+                    len(calls),
+                )
                 return self._compute_each(calls)
             calls[0].error = error
         except Exception as error:  # the lanes whose forward it was fail; the others go on

@@ -61,4 +61,6 @@ def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
 
 
 def _media(job: Job, index: int, data: bytes, shape: tuple[int, ...], format: Any) -> Media:
-    return Media(job_id=job.id, index=index, format=format, data=data, num_frames=shape[0], height=shape[1], width=shape[2])
+    return Media(
+        job_id=job.id, index=index, format=format, data=data, num_frames=shape[0], height=shape[1], width=shape[2]
+    )

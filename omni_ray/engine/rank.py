@@ -36,7 +36,14 @@ class Rank:
         main = asyncio.get_running_loop()
 
         def report(phase: Any, done: int = 0, total: int = 0, detail: str = "") -> None:
-            step = LoadProgress(group=self._group.id, replica_id=self._replica_id, phase=phase, done_bytes=done, total_bytes=total, detail=detail)
+            step = LoadProgress(
+                group=self._group.id,
+                replica_id=self._replica_id,
+                phase=phase,
+                done_bytes=done,
+                total_bytes=total,
+                detail=detail,
+            )
             main.call_soon_threadsafe(progress.put_nowait, step)
 
         loading = asyncio.create_task(asyncio.to_thread(self._load, report))
@@ -63,7 +70,9 @@ class Rank:
             torch.set_num_threads(os.cpu_count() or 1)
         folder = resolve(self._source)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-        pipe = load_pipeline(folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen))
+        pipe = load_pipeline(
+            folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen)
+        )
         apply_attention(pipe, group.attention)
         apply_compile(pipe, group.compile)
         capabilities = read_capabilities(pipe, folder, group)
@@ -76,7 +85,12 @@ class Rank:
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""
-        job = Job(id=f"warm-up-{self._replica_id}", model=self._group.name, group=self._group.id, params={"prompt": "warm-up", "num_inference_steps": 2})
+        job = Job(
+            id=f"warm-up-{self._replica_id}",
+            model=self._group.name,
+            group=self._group.id,
+            params={"prompt": "warm-up", "num_inference_steps": 2},
+        )
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._engine.submit(self._complete(job, capabilities), events.put)
         while not isinstance(event := events.get(), Usage):
@@ -99,7 +113,9 @@ class Rank:
         assert self._capabilities is not None
         events: asyncio.Queue[Event] = asyncio.Queue()
         main = asyncio.get_running_loop()
-        self._engine.submit(self._complete(job, self._capabilities), lambda event: main.call_soon_threadsafe(events.put_nowait, event))
+        self._engine.submit(
+            self._complete(job, self._capabilities), lambda event: main.call_soon_threadsafe(events.put_nowait, event)
+        )
         try:
             while True:
                 event = await events.get()

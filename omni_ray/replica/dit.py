@@ -48,7 +48,9 @@ class DitReplica:
                 self._report(step)
             raise Unavailable(f"{self._group.id}: the gang ended while it loaded")
         except Exception as error:
-            self._report(LoadProgress(group=self._group.id, replica_id=self._replica_id, phase="failed", detail=str(error)))
+            self._report(
+                LoadProgress(group=self._group.id, replica_id=self._replica_id, phase="failed", detail=str(error))
+            )
             raise
 
     def _report(self, progress: LoadProgress) -> None:

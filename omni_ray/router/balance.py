@@ -34,8 +34,13 @@ class LeastSeconds(FIFOMixin, RequestRouter):  # type: ignore[misc]
         num_replicas[self._deployment_id.name] = len(replicas)
         super().update_replicas(replicas)
 
-    async def choose_replicas(self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None) -> list[list[RunningReplica]]:
-        return [[replica] for replica in sorted(candidate_replicas, key=lambda replica: self._outstanding_s(replica.replica_id))]
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [
+            [replica]
+            for replica in sorted(candidate_replicas, key=lambda replica: self._outstanding_s(replica.replica_id))
+        ]
 
     def _outstanding_s(self, replica_id: ReplicaID) -> float:
         return sum(remaining_s.get(job_id, 0.0) for replica, job_id in self._jobs.values() if replica == replica_id)

@@ -82,9 +82,17 @@ class GroupDispatcher:
                         return
                 raise EngineFailed(f"{self._spec.id} ended request {record.job.id} without an answer")
             except (RayActorError, Unavailable) as error:
-                logger.warning("%s: attempt %d of job %s lost its replica: %s", self._spec.id, record.attempts, record.job.id, error)
+                logger.warning(
+                    "%s: attempt %d of job %s lost its replica: %s",
+                    self._spec.id,
+                    record.attempts,
+                    record.job.id,
+                    error,
+                )
                 if record.attempts == MAX_ATTEMPTS:
-                    raise Unavailable(f"{self._spec.id} lost its replica {MAX_ATTEMPTS} times while it ran this request") from error
+                    raise Unavailable(
+                        f"{self._spec.id} lost its replica {MAX_ATTEMPTS} times while it ran this request"
+                    ) from error
                 record.progress = 0.0
 
     async def _attempt(self, record: JobRecord) -> AsyncIterator[Event]:

@@ -58,11 +58,23 @@ class Router:
             parts = [self._first(model.rewrite), self._first(model.generate)]
             limits = {"rewrite": parts[0], "generate": parts[1]}
             return Route(
-                group=model.id, name=model.name, profile=None, type="pipeline", names=(model.name,), ready=all(ready[p] for p in parts), limits=limits
+                group=model.id,
+                name=model.name,
+                profile=None,
+                type="pipeline",
+                names=(model.name,),
+                ready=all(ready[p] for p in parts),
+                limits=limits,
             )
         names = (model.id, model.name) if self._first(model.name) == model.id and model.profile else (model.id,)
         return Route(
-            group=model.id, name=model.name, profile=model.profile, type=model.type, names=names, ready=ready[model.id], limits=self._limits(model)
+            group=model.id,
+            name=model.name,
+            profile=model.profile,
+            type=model.type,
+            names=names,
+            ready=ready[model.id],
+            limits=self._limits(model),
         )
 
     def _first(self, name: str) -> str:

@@ -23,7 +23,10 @@ IDS = torch.arange(12.0).reshape(4, 3)
 
 
 def test_equal_shapes_join_and_split() -> None:
-    calls = [call(torch.full((b, 4, 2), float(b)), timestep=torch.full((b,), b / 10), ids=IDS.clone(), guidance=3.5) for b in (1, 2)]
+    calls = [
+        call(torch.full((b, 4, 2), float(b)), timestep=torch.full((b,), b / 10), ids=IDS.clone(), guidance=3.5)
+        for b in (1, 2)
+    ]
     assert calls[0].key == calls[1].key
     (hidden,), kwargs = batch.join(calls)
     assert hidden.shape == (3, 4, 2)
@@ -51,7 +54,10 @@ def test_what_differs_is_not_joined(other: Call) -> None:
 
 
 def test_broadcast_tensors_are_widened() -> None:
-    calls = [call(torch.zeros(2, 4, 2), timestep=torch.tensor([0.5])), call(torch.zeros(2, 4, 2), timestep=torch.tensor([0.7]))]
+    calls = [
+        call(torch.zeros(2, 4, 2), timestep=torch.tensor([0.5])),
+        call(torch.zeros(2, 4, 2), timestep=torch.tensor([0.7])),
+    ]
     _, kwargs = batch.join(calls)
     assert kwargs["timestep"].tolist() == pytest.approx([0.5, 0.5, 0.7, 0.7])
 
@@ -77,7 +83,11 @@ def test_an_answer_without_a_batch_axis_is_not_cut() -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "patch", "tokens"),
-    [([(1, 4096, 64), (1, 512, 4096), (1, 768)], 1, 4608), ([(2, 16, 64, 64), (2, 77, 4096)], 2, 2 * 1024 + 2 * 77), ([(1, 16, 5, 60, 104)], 2, 7800)],
+    [
+        ([(1, 4096, 64), (1, 512, 4096), (1, 768)], 1, 4608),
+        ([(2, 16, 64, 64), (2, 77, 4096)], 2, 2 * 1024 + 2 * 77),
+        ([(1, 16, 5, 60, 104)], 2, 7800),
+    ],
 )
 def test_tokens_are_counted(shapes: list[tuple[int, ...]], patch: int, tokens: int) -> None:
     assert batch.num_tokens(call(*[torch.zeros(shape) for shape in shapes]), patch) == tokens

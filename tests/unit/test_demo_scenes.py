@@ -31,8 +31,13 @@ def test_resolve_names_the_known_models() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a red circle", "an orange star on a blue background", "a small red circle left of a large blue square",
-     "a white circle", "a white square above a black square"],
+    [
+        "a red circle",
+        "an orange star on a blue background",
+        "a small red circle left of a large blue square",
+        "a white circle",
+        "a white square above a black square",
+    ],
 )
 def test_a_caption_survives_parsing(text: str) -> None:
     assert scenes.parse(text).caption() == text

@@ -50,7 +50,9 @@ class Engine:
 
     def __init__(self, pipe: DiffusionPipeline, batching: Batching) -> None:
         self.forwards: list[int] = []
-        self.loop = EngineLoop(pipe, batching, announce=lambda turn: self.forwards.append(len(turn.run)) if turn.run else None)
+        self.loop = EngineLoop(
+            pipe, batching, announce=lambda turn: self.forwards.append(len(turn.run)) if turn.run else None
+        )
         self.events: dict[str, queue.SimpleQueue[Event]] = {}
         self.loop.start()
 
@@ -87,7 +89,14 @@ def params(family: str, prompt: str, steps: int, **extra: Any) -> dict[str, Any]
 
 def job(family: str, index: int, prompt: str, steps: int, **extra: Any) -> Job:
     images = (red_png(),) if family == "wan_i2v" else ()
-    return Job(id=f"{family}-{index}", model="m", group="m", params=params(family, prompt, steps, **extra), seed=index, images=images)
+    return Job(
+        id=f"{family}-{index}",
+        model="m",
+        group="m",
+        params=params(family, prompt, steps, **extra),
+        seed=index,
+        images=images,
+    )
 
 
 def red_png() -> bytes:

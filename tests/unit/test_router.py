@@ -21,7 +21,13 @@ from omni_ray.router.queue import GroupQueue
 
 
 def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
-    return Job(id=name, model="m", group="m", params={"num_inference_steps": steps, "height": size, "width": size, **params}, num_outputs=n)
+    return Job(
+        id=name,
+        model="m",
+        group="m",
+        params={"num_inference_steps": steps, "height": size, "width": size, **params},
+        num_outputs=n,
+    )
 
 
 def true_cost(each: Job) -> float:
