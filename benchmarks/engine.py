@@ -1,6 +1,6 @@
 """The lane engine against plain diffusers, one device, one process, one run.
 
-    python -m benchmarks.engine FOLDER|demo:image [--dummy] [--sizes 256 512 1024] [--compile] [--requests 8] [--steps 12 16 20]
+    python -m benchmarks.engine FOLDER|demo:image [--dummy] [--compile] [--sizes 256 512 1024] [--steps 12 16 20]
 
 For each size: the same requests one after the other through the plain pipeline, then sent together to the engine, and
 together with batch size 1 forced. Prints the ratio of the two times, the forwards of the transformer, and how far the
@@ -47,10 +47,12 @@ def main() -> None:
     apply_compile(pipe, Compile(mode="regional" if args.compile else "none"))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, {args.requests} requests of {args.steps} steps, {dtype}"
+        f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, "
+        f"{args.requests} requests of {args.steps} steps, {dtype}"
     )
     print(
-        f"{'size':>6} {'plain s':>9} {'lanes s':>9} {'ratio':>7} {'forwards':>12} {'PSNR dB':>8} {'one by one':>11} {'PSNR dB':>8}"
+        f"{'size':>6} {'plain s':>9} {'lanes s':>9} {'ratio':>7} {'forwards':>12} {'PSNR dB':>8} "
+        f"{'one by one':>11} {'PSNR dB':>8}"
     )
     for size in args.sizes:
         jobs = [_job(i, size, args.steps[i % len(args.steps)], args.source) for i in range(args.requests)]
@@ -96,7 +98,7 @@ def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
 
 
 def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
-    """The same for the jobs sent together. Images are taken before they are encoded, as the plain pipeline gives them."""
+    """The same for the jobs sent together. Images are taken before they are encoded, as the pipeline gives them."""
     forwards = 0
     images: dict[str, Any] = {}
     lane.encode_outputs = lambda output, job: iter(images.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]

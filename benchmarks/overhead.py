@@ -69,12 +69,15 @@ def compare_ar(args: argparse.Namespace) -> None:
         side: _load_chat(args, side, command) for side, command in (("bare", bare), ("omni_ray", _omni(args, model)))
     }
     print(
-        f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} {'bare TTFT ms':>13} {'omni TTFT ms':>13} {'ratio':>6}  failed"
+        f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} "
+        f"{'bare TTFT ms':>13} {'omni TTFT ms':>13} {'ratio':>6}  failed"
     )
     for one, two in zip(rows["bare"], rows["omni_ray"], strict=True):
         print(
-            f"{'plain' if one['plain'] else 'stream':>7} {one['concurrency']:>9} {one['req/s']:>11.2f} {two['req/s']:>11.2f} {two['req/s'] / one['req/s']:>6.3f} "
-            f"{one['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms'] / one['ttft_p50_ms']:>6.2f}  {one['failed']} {two['failed']}"
+            f"{'plain' if one['plain'] else 'stream':>7} {one['concurrency']:>9} "
+            f"{one['req/s']:>11.2f} {two['req/s']:>11.2f} {two['req/s'] / one['req/s']:>6.3f} "
+            f"{one['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms']:>13.1f} {two['ttft_p50_ms'] / one['ttft_p50_ms']:>6.2f}  "
+            f"{one['failed']} {two['failed']}"
         )
 
 
@@ -107,9 +110,12 @@ def compare_dit(args: argparse.Namespace) -> None:
     )
     plain_s = float(plain.stdout.splitlines()[-1])
     model = {
-        "name": "bench", "type": "dit", "source": args.source, "load_format": "dummy" if args.dummy else "auto",
+        "name": "bench",
+        "type": "dit",
+        "source": args.source,
+        "load_format": "dummy" if args.dummy else "auto",
         "compile": {"mode": "regional" if args.compile else "none"},
-    }  # fmt: skip
+    }
     url, rows = f"http://127.0.0.1:{PORTS['omni_ray']}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(_omni(args, model), url + "/ready"):
         load = [
@@ -128,7 +134,8 @@ def compare_dit(args: argparse.Namespace) -> None:
         subprocess.run([sys.executable, "-m", "benchmarks.serving", *load], check=True)
     served_s = json.loads(rows.read_text())["e2e_mean_s"]
     print(
-        f"\n{args.source} {args.size}, {args.steps} steps: plain diffusers {plain_s:.3f} s, through HTTP {served_s:.3f} s, ratio {served_s / plain_s:.4f}"
+        f"\n{args.source} {args.size}, {args.steps} steps: plain diffusers {plain_s:.3f} s, "
+        f"through HTTP {served_s:.3f} s, ratio {served_s / plain_s:.4f}"
     )
 
 
@@ -148,10 +155,11 @@ class _Running:
     """A server process, waited for until ``url`` answers 200, ended at exit."""
 
     def __init__(self, command: list[str], url: str, timeout_s: float = 400) -> None:
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
-        self._process = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_AUTH_MODE": "disabled"}
-        )
+        self._log = Path(tempfile.mkstemp(suffix=".log")[1])
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_AUTH_MODE": "disabled"}
+            )
         self._url, self._timeout_s = url, timeout_s
 
     def __enter__(self) -> None:
@@ -164,7 +172,7 @@ class _Running:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         self.__exit__()
-        sys.exit("not ready:\n" + Path(self._log.name).read_text()[-8000:])
+        sys.exit("not ready:\n" + self._log.read_text()[-8000:])
 
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGINT)

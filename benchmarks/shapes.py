@@ -64,18 +64,26 @@ def flux(folder: Path) -> None:
         ),
     }
     classes = {
-        "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
-    }  # fmt: skip
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+    }
     _write(folder, "FluxPipeline", configs, classes, tokenizers=("tokenizer", "tokenizer_2"))
 
 
 def qwen_image(folder: Path) -> None:
     """Qwen-Image: 20.4B transformer, Qwen2.5-VL-7B encoder."""
     text = {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "rope_theta": 1e6, "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24], "rope_type": "default"},
-    }  # fmt: skip
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24], "rope_type": "default"},
+    }
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     configs = {
         "transformer": (QwenImageTransformer2DModel, {}),
@@ -83,18 +91,29 @@ def qwen_image(folder: Path) -> None:
         "text_encoder": Qwen2_5_VLConfig(text_config=text, vision_config=vision),
     }
     classes = {
-        "transformer": ["diffusers", "QwenImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
         "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-    }  # fmt: skip
+    }
     _write(folder, "QwenImagePipeline", configs, classes, tokenizers=("tokenizer",))
 
 
 def qwen3_8b(folder: Path) -> None:
     """Qwen3-8B."""
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 

@@ -1,3 +1,3 @@
-"""Serves autoregressive models (vLLM) and diffusion transformers (diffusers) as one OpenAI-compatible endpoint on Ray."""
+"""Serves autoregressive models (vLLM) and diffusion transformers (diffusers) as one endpoint on Ray."""
 
 __version__ = "0.1.0"

@@ -51,7 +51,8 @@ from transformers import (
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = [
@@ -84,16 +85,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def _image_vae(channels: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, norm_num_groups=4, latent_channels=channels, shift_factor=0.1, scaling_factor=0.5,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def _clip(vocab: int, projected: bool = False) -> Any:
     config = CLIPTextConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, projection_dim=32, eos_token_id=2
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        projection_dim=32,
+        eos_token_id=2,
+    )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
@@ -107,93 +121,186 @@ def _umt5(vocab: int) -> UMT5EncoderModel:
 
 def _qwen3(vocab: int, causal: bool, layers: int = 3) -> Any:
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=32, intermediate_size=37, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     return (Qwen3ForCausalLM if causal else Qwen3Model)(config)
 
 
 def flux() -> DiffusionPipeline:
     tok = tokenizer()
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=_image_vae(4), text_encoder=_clip(len(tok)), tokenizer=tok,
-        text_encoder_2=_t5(len(tok)), tokenizer_2=tok, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_image_vae(4),
+        text_encoder=_clip(len(tok)),
+        tokenizer=tok,
+        text_encoder_2=_t5(len(tok)),
+        tokenizer_2=tok,
+        transformer=transformer,
+    )
 
 
 def flux2() -> DiffusionPipeline:
     tok = tokenizer()
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, norm_num_groups=4, latent_channels=4,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
     transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=96, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
     return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae, text_encoder=_qwen3(len(tok), causal=True, layers=28), tokenizer=tok,
-        transformer=transformer, is_distilled=False,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=_qwen3(len(tok), causal=True, layers=28),
+        tokenizer=tok,
+        transformer=transformer,
+        is_distilled=False,
+    )
 
 
 def qwen_image() -> DiffusionPipeline:
     tok = tokenizer()
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2], "rope_type": "default"}, "rope_theta": 1e6,
+            "vocab_size": len(tok),
+            "hidden_size": 32,
+            "intermediate_size": 37,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2], "rope_type": "default"},
+            "rope_theta": 1e6,
         },
         vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 37, "num_heads": 4, "out_hidden_size": 32},
-    )  # fmt: skip
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
-                                 latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     transformer = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    )
     return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae, text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-        tokenizer=tok, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tok,
+        transformer=transformer,
+    )
 
 
 def z_image() -> DiffusionPipeline:
     tok = tokenizer()
     transformer = ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=2, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
-    )  # fmt: skip
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if "pad_token" in name:
                 parameter.zero_()
     return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_image_vae(4), text_encoder=_qwen3(len(tok), causal=False), tokenizer=tok,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_image_vae(4),
+        text_encoder=_qwen3(len(tok), causal=False),
+        tokenizer=tok,
         transformer=transformer,
-    )  # fmt: skip
+    )
 
 
 def sd3() -> DiffusionPipeline:
     tok = tokenizer()
     transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
-        caption_projection_dim=32, pooled_projection_dim=64, out_channels=4, pos_embed_max_size=64,
-    )  # fmt: skip
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
     return StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_image_vae(4), text_encoder=_clip(len(tok), projected=True), tokenizer=tok,
-        text_encoder_2=_clip(len(tok), projected=True), tokenizer_2=tok, text_encoder_3=_t5(len(tok), width=64), tokenizer_3=tok, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_image_vae(4),
+        text_encoder=_clip(len(tok), projected=True),
+        tokenizer=tok,
+        text_encoder_2=_clip(len(tok), projected=True),
+        tokenizer_2=tok,
+        text_encoder_3=_t5(len(tok), width=64),
+        tokenizer_3=tok,
+        transformer=transformer,
+    )
 
 
 def _wan_transformer(in_channels: int) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=16, text_dim=32,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
 
 
 def _wan(cls: Any, in_channels: int, **extra: Any) -> DiffusionPipeline:
@@ -202,9 +309,15 @@ def _wan(cls: Any, in_channels: int, **extra: Any) -> DiffusionPipeline:
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
     return cls(
-        tokenizer=tok, text_encoder=_umt5(len(tok)), vae=vae, scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-        transformer=_wan_transformer(in_channels), transformer_2=_wan_transformer(in_channels), boundary_ratio=0.875, **extra,
-    )  # fmt: skip
+        tokenizer=tok,
+        text_encoder=_umt5(len(tok)),
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        transformer=_wan_transformer(in_channels),
+        transformer_2=_wan_transformer(in_channels),
+        boundary_ratio=0.875,
+        **extra,
+    )
 
 
 def wan() -> DiffusionPipeline:
@@ -216,8 +329,14 @@ def wan_i2v() -> DiffusionPipeline:
 
 
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
-    "flux": flux, "flux2": flux2, "qwen_image": qwen_image, "z_image": z_image, "sd3": sd3, "wan": wan, "wan_i2v": wan_i2v,
-}  # fmt: skip
+    "flux": flux,
+    "flux2": flux2,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+    "sd3": sd3,
+    "wan": wan,
+    "wan_i2v": wan_i2v,
+}
 
 
 def build(family: str, folder: Path) -> Path:

@@ -14,8 +14,10 @@ from omni_ray.errors import ConfigError
 from omni_ray.messages import Capabilities
 
 INTERNAL = frozenset(
-    "self output_type return_dict generator latents callback_on_step_end callback_on_step_end_tensor_inputs "
-    "num_images_per_prompt num_videos_per_prompt image sigmas timesteps joint_attention_kwargs attention_kwargs".split()
+    (  # noqa: SIM905
+        "self output_type return_dict generator latents callback_on_step_end callback_on_step_end_tensor_inputs "
+        "num_images_per_prompt num_videos_per_prompt image sigmas timesteps joint_attention_kwargs attention_kwargs"
+    ).split()
 )
 """Arguments of a pipeline's call that are the engine's business, or that no JSON body can hold."""
 
@@ -33,7 +35,8 @@ def read_capabilities(pipe: DiffusionPipeline, folder: Path, group: DitGroup) ->
     defaults = _default_size(pipe, parameters) | defaults | _shipped_defaults(folder) | group.defaults
     if unknown := sorted(set(defaults) - fields):
         raise ConfigError(
-            f"defaults of {group.id}: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(fields))}"
+            f"defaults of {group.id}: {type(pipe).__name__} takes no {', '.join(unknown)}; "
+            f"it takes {', '.join(sorted(fields))}"
         )
     has_count = {"num_images_per_prompt", "num_videos_per_prompt"} & set(parameters)
     return Capabilities(
@@ -56,7 +59,8 @@ def _shipped_defaults(folder: Path) -> dict[str, Any]:
 
 
 def _spatial_factor(pipe: DiffusionPipeline) -> int:
-    return int(getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8))
+    factor: Any = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
+    return int(factor)
 
 
 def _size_multiple(pipe: DiffusionPipeline) -> int:

@@ -1,6 +1,6 @@
 """Regional compilation: each kind of repeated block is compiled once, not the whole transformer.
 
-Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html, through diffusers' `compile_repeated_blocks`.
+Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html, through diffusers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def apply_compile(pipe: DiffusionPipeline, spec: Compile) -> None:
     for name, transformer in transformers_of(pipe).items():
         if not getattr(transformer, "_repeated_blocks", None):
             raise ConfigError(
-                f"compile.mode 'regional': {name} ({type(transformer).__name__}) names no repeated blocks; set mode: none"
+                f"compile.mode 'regional': {name} ({type(transformer).__name__}) names no "
+                "repeated blocks; set mode: none"
             )
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=spec.dynamic)

@@ -29,7 +29,8 @@ def resolve(source: str) -> Path:
         folder = Path(snapshot_download(source, ignore_patterns=["*.onnx", "*.msgpack", "*.h5", "*.ckpt"]))
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
-            f"source {source!r} has no model_index.json, so it is no diffusers pipeline; name a folder that `save_pretrained` wrote"
+            f"source {source!r} has no model_index.json, so it is no diffusers pipeline; "
+            "name a folder that `save_pretrained` wrote"
         )
     return folder
 
@@ -79,7 +80,7 @@ def _random(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) ->
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether the component has weights: such a folder holds a ``config.json``, and tokenizers and schedulers do not."""
+    """Whether the component has weights: only then its folder has a ``config.json``."""
     return (folder / "config.json").is_file()
 
 
@@ -88,7 +89,8 @@ def _component_class(folder: Path, name: str, entry: list[str]) -> Any:
     found = getattr(importlib.import_module(library), cls, None)
     if found is None:
         raise ConfigError(
-            f"{folder / 'model_index.json'}: {name} is a {library}.{cls}, which the installed {library} does not have; install a newer one"
+            f"{folder / 'model_index.json'}: {name} is a {library}.{cls}, "
+            f"which the installed {library} does not have; install a newer one"
         )
     return found
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 
 
-def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+def transformers_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The denoisers by component name: one, or two where a model has experts for high and low noise (Wan2.2)."""
     return {
         name: module

@@ -68,7 +68,7 @@ def build_model() -> Any:
         pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
-    return Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    return Qwen3ForCausalLM(config)
 
 
 def save_chat(model: Any, tokenizer: Any, folder: Path) -> None:

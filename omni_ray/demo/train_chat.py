@@ -115,7 +115,7 @@ def train(
         rows = torch.randint(len(ids), (args.batch,), device=ids.device)
         loss = loss_of(model, ids[rows].long(), labels[rows].long())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():

@@ -174,7 +174,7 @@ class Flow:
         """One optimizer step and one of the moving average."""
         set_rate(self.optimizer, learning_rate(self.rate, fraction, self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))

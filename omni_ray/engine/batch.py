@@ -158,7 +158,7 @@ def _fingerprint(tensor: Tensor) -> str:
     if digest is None:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest = _fingerprints[tensor] = hashlib.sha256(raw.numpy().tobytes()).hexdigest()
-    return digest
+    return str(digest)
 
 
 def choose(calls: list[Call], urgency: Callable[[Call], float], budget: int) -> list[Call]:

@@ -1,4 +1,4 @@
-"""A gang: the ranks of one replica, one Ray actor per device, in the replica's placement group, living and dying as one."""
+"""A gang: the ranks of one replica, one Ray actor per device, in its placement group, living and dying as one."""
 
 from __future__ import annotations
 

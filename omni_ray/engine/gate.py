@@ -174,8 +174,8 @@ class GatedModule:
     def __init__(self, gate: Gate, lane: Lane, name: str, module: torch.nn.Module) -> None:
         self.__dict__.update(_gate=gate, _lane=lane, _name=name, _module=module)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,8 +206,8 @@ class Exclusive:
     def __init__(self, helper: Any, lock: threading.RLock) -> None:
         self.__dict__.update(_helper=helper, _lock=lock)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._helper)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,7 @@ class Lane:
         self._thread.join(timeout_s)
 
     def _own(self, pipe: DiffusionPipeline, lock: threading.RLock) -> DiffusionPipeline:
-        """The lane's copy of the pipeline. Written to ``__dict__``, since assignment would rewrite the shared config."""
+        """The lane's copy of the pipeline. Written to ``__dict__``: assignment would rewrite the shared config."""
         own = copy.copy(pipe)
         for name, component in pipe.components.items():
             if isinstance(component, torch.nn.Module):

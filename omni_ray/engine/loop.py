@@ -148,7 +148,7 @@ class EngineLoop:
         config = getattr(getattr(self._pipe, name), "config", None)
         if "transformer" not in name or config is None:
             return 1
-        patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
+        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
         return int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
 
     def _is_full(self, calls: list[Call]) -> bool:
@@ -168,26 +168,25 @@ class EngineLoop:
 
     def _compute(self, calls: list[Call]) -> None:
         try:
-            if len(calls) == 1:
-                calls[0].result = self._forward(calls, *batch.join(calls))
-            else:
-                for call, result in zip(
-                    calls, batch.split(self._forward(calls, *batch.join(calls)), calls), strict=True
-                ):
-                    call.result = result
+            output = self._forward(calls, *batch.join(calls))
+            for call, result in zip(calls, batch.split(output, calls), strict=True):
+                call.result = result
         except batch.Unsplittable as reason:
             logger.warning(
                 "%s.%s is computed one request at a time: its answer has %s", calls[0].name, calls[0].method, reason
             )
             self._alone.add((calls[0].name, calls[0].method))
-            return self._compute_each(calls)
+            self._compute_each(calls)
+            return
         except torch.OutOfMemoryError as error:
             if len(calls) > 1:
                 logger.warning(
-                    "no memory for %d requests in one forward, computing each alone; lower batching.max_num_batched_tokens",
+                    "no memory for %d requests in one forward, so each is computed alone; "
+                    "lower batching.max_num_batched_tokens",
                     len(calls),
                 )
-                return self._compute_each(calls)
+                self._compute_each(calls)
+                return
             calls[0].error = error
         except Exception as error:  # the lanes whose forward it was fail; the others go on
             for call in calls:

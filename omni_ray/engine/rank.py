@@ -113,9 +113,11 @@ class Rank:
         assert self._capabilities is not None
         events: asyncio.Queue[Event] = asyncio.Queue()
         main = asyncio.get_running_loop()
-        self._engine.submit(
-            self._complete(job, self._capabilities), lambda event: main.call_soon_threadsafe(events.put_nowait, event)
-        )
+
+        def emit(event: Event) -> None:
+            main.call_soon_threadsafe(events.put_nowait, event)
+
+        self._engine.submit(self._complete(job, self._capabilities), emit)
         try:
             while True:
                 event = await events.get()
@@ -129,6 +131,6 @@ class Rank:
         self._engine.cancel(job_id)
 
     async def join(self) -> None:
-        """Return when the engine loop ends, which it does not do by itself: a call that waits here ends with the rank."""
+        """Return when the engine loop ends. It does not by itself: a call that waits here ends with the rank."""
         while self._loop is None or self._loop.alive():
             await asyncio.sleep(0.5)

@@ -29,7 +29,7 @@ class Gang(Protocol):
 class DitReplica:
     """``launch`` starts the gang for a group, given the replica's id."""
 
-    async def __init__(self, group: DitGroup, launch: Callable[[DitGroup, str], Gang]) -> None:
+    async def __init__(self, group: DitGroup, launch: Callable[[DitGroup, str], Gang]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self._group = group
         self._router = serve.get_deployment_handle("Router", context.app_name)
@@ -70,7 +70,7 @@ class DitReplica:
         return self._capabilities
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
-        """The job's events, last a Usage or a Failure. Closing the stream cancels the job; Unavailable if a rank dies."""
+        """The job's events, last a Usage or a Failure; closing the stream cancels it. Unavailable if a rank dies."""
         try:
             async for event in self._gang.run(job):
                 yield event

@@ -22,7 +22,7 @@ def request_router_config(routing: str) -> RequestRouterConfig:
     return RequestRouterConfig()
 
 
-class PrefixRouter(RequestRouter):
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Sends prompts with the same opening to the same replica, unless that one is much busier than the rest.
 
     The opening is everything up to and including the first user message (`opening`): all turns of a conversation go

@@ -38,7 +38,8 @@ class GroupQueue:
         if len(self.queued) >= self._max_queued:
             wait_s = min(max(self.outstanding_s / max(self._capacity(), 1) / 2, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
             raise Overloaded(
-                f"{self._group} has {len(self.queued)} requests queued, and its limit is {self._max_queued}; try again in {wait_s:.0f} s",
+                f"{self._group} has {len(self.queued)} requests queued, and its limit is {self._max_queued}; "
+                f"try again in {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )
         self.queued.append(record)

@@ -12,7 +12,8 @@ def test_every_request_means_a_canonical_caption() -> None:
     for _ in range(2000):
         text, caption = phrases.sample(rng)
         assert scenes.parse(caption).caption() == caption
-        assert text.strip() and len(text) < 300
+        assert text.strip()
+        assert len(text) < 300
         assert not phrases.held_out_phrase(text)
 
 

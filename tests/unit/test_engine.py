@@ -184,7 +184,7 @@ def test_cancel_unwinds_within_one_step_and_others_do_not_notice(engine: Any, ti
     running = engine("flux", ONE_BY_ONE)
     running.submit(job("flux", 0, "a", 400))
     running.submit(job("flux", 1, "b", 20))
-    while not isinstance(event := running.events["flux-0"].get(timeout=60), StepEvent):
+    while not isinstance(running.events["flux-0"].get(timeout=60), StepEvent):
         pass
     running.loop.cancel("flux-0")
     events = running.result("flux-0")
