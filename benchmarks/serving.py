@@ -120,7 +120,7 @@ def run_client(args: argparse.Namespace, indexes: list[int], concurrency: int) -
 def measure(args: argparse.Namespace, concurrency: int, pool: concurrent.futures.ProcessPoolExecutor) -> Summary:
     """Spread the requests over the client processes and collect their outcomes."""
     num_clients = min(args.clients, concurrency)
-    num_prompts = max(args.num_prompts, concurrency)
+    num_prompts = max(args.num_prompts, 4 * concurrency)
     shares = [list(range(i, num_prompts, num_clients)) for i in range(num_clients)]
     places = [concurrency // num_clients + (i < concurrency % num_clients) for i in range(num_clients)]
     start = time.perf_counter()
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", choices=("chat", "images"), default="chat")
-    parser.add_argument("--num-prompts", type=int, default=64, help="at least the concurrency")
+    parser.add_argument("--num-prompts", type=int, default=64, help="at least four times the concurrency")
     parser.add_argument("--max-concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--plain", action="store_true", help="no streaming")
     parser.add_argument("--input-len", type=int, default=64, help="words of a prompt")

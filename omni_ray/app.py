@@ -4,7 +4,7 @@ Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
   \\->  AR group (ArReplica, vLLM)
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Ray Serve reads the type of `build`'s argument and checks the YAML by it.
 
 import functools
 from typing import Any

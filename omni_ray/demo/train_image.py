@@ -1,8 +1,9 @@
 """Trains ``demo:image`` from nothing: ``python -m omni_ray.demo.train_image --out DIR --checkpoint FILE --seconds N``.
 
 Phases, all within the N seconds: the autoencoder, a pool of encoded scenes, flow matching on it with both text
-encoders trained jointly, the save in bf16, the evaluation. With an existing checkpoint it goes on from there; without
-one but with ``--start DIR`` it starts from that folder's weights.
+encoders trained jointly, the autoencoder's decoder once more with the latents as they are, the save in bf16, the
+evaluation. With an existing checkpoint it goes on from there; without one but with ``--start DIR`` it starts from that
+folder's weights, or, where it holds the autoencoder (``vae``) alone, trains the rest.
 """
 
 from __future__ import annotations
@@ -94,16 +95,20 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float) -> None:
-    """L1 and squared error, and a small KL term, until the budget ends; then the latents' scale and shift."""
+def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float, decoder_only: bool = False) -> None:
+    """L1 and squared error, and a small KL term, until the budget ends; then the latents' scale and shift.
+
+    With ``decoder_only`` the latents stay what they are.
+    """
     device = pool.plans.device
-    vae.to(device=device, memory_format=torch.channels_last).train()
+    vae.to(device=device).train()
+    vae.encoder.requires_grad_(not decoder_only)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     step, loss, error = 0, torch.zeros(()), torch.zeros(())
     while budget.left() > 0 or step == 0:
         set_rate(optimizer, learning_rate(rate, budget.fraction(), step, 100))
         with torch.no_grad():
-            pictures = pool.pictures(pool.rows(batch)).contiguous(memory_format=torch.channels_last)
+            pictures = pool.pictures(pool.rows(batch))
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
             made = vae.decode(posterior.sample()).sample
@@ -122,6 +127,9 @@ def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float) -> 
             )
         step += 1
     vae.eval()
+    if decoder_only:
+        print(f"decoder done: {step} steps, mse {error.item():.5f}", flush=True)
+        return
     mean, std = encode(vae, pool, min(pool.size, 64 * batch), batch)[1]
     vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
     print(f"vae done: {step} steps, mse {error.item():.5f}, latent mean {mean:.3f} std {std:.3f}", flush=True)
@@ -135,7 +143,7 @@ def encode(vae: Any, pool: Pool, count: int, batch: int) -> tuple[torch.Tensor, 
     for start in range(0, count, batch):
         pictures = pool.pictures(torch.arange(start, min(start + batch, count), device=device))
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+            posterior = vae.encode(pictures).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.std], 1).to(torch.bfloat16).contiguous())
     moments = torch.cat(parts)
     some = sampled(moments[:4096].float())
@@ -153,6 +161,7 @@ class Flow:
 
     def __init__(self, device: torch.device, rate: float) -> None:
         self.model, self.rate, self.step = TextAndTransformer().to(device), rate, 0
+        self.num_skipped = 0  # steps whose gradient was not finite
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         rest = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -175,12 +184,23 @@ class Flow:
         set_rate(self.optimizer, learning_rate(self.rate, fraction, self.step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
+            self.num_skipped += 1
+            return
         self.optimizer.step()
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
+
+    def probe(self, latents: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether the loss and every gradient are finite, on a batch that changes nothing."""
+        loss = self.loss(latents, ids)
+        loss.backward()
+        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        self.optimizer.zero_grad(set_to_none=True)
+        print(f"probe: loss {loss.item():.4f}, gradients not finite: {bad[:4]}", flush=True)
+        return bool(loss.isfinite()) and not bad
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -224,33 +244,42 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
         return bool(state["vae_done"])
     if args.start is None:
         return False
-    pipeline = diffusers.FluxPipeline.from_pretrained(args.start)
-    vae.load_state_dict(pipeline.vae.state_dict())
-    vae.register_to_config(
-        scaling_factor=pipeline.vae.config.scaling_factor, shift_factor=pipeline.vae.config.shift_factor
-    )
-    flow.start_from(pipeline)
+    saved = diffusers.AutoencoderKL.from_pretrained(args.start, subfolder="vae")
+    vae.load_state_dict(saved.state_dict())
+    vae.register_to_config(scaling_factor=saved.config.scaling_factor, shift_factor=saved.config.shift_factor)
+    if (args.start / "transformer").is_dir():
+        flow.start_from(diffusers.FluxPipeline.from_pretrained(args.start))
     return True
 
 
 def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.Namespace) -> None:
     """Encodes the pool, then trains until the budget ends, with a checkpoint every two minutes."""
     moments, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
-    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
+    num_bad = int((~moments.isfinite()).flatten(1).any(1).sum())
+    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s, {num_bad} not finite", flush=True)
+    moments = moments.nan_to_num(0.0, 0.0, 0.0)
+    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.step
+
+    def some() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randint(len(moments), (args.batch,), device=moments.device)
+        return (sampled(moments[rows].float()) - shift) * scale, pool.ids[rows]
+
+    flow.probe(*some())
     if moments.is_cuda and not args.no_compile:
         torch._dynamo.config.suppress_errors = True
         flow.model.transformer.compile_repeated_blocks()
-    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.step
-    window = torch.zeros((), device=moments.device)
+        if not flow.probe(*some()):
+            raise SystemExit("compiled, the gradients are not finite; train with --no-compile")
     while budget.left() > 0 or flow.step == first:
-        rows = torch.randint(len(moments), (args.batch,), device=moments.device)
-        loss = flow.loss((sampled(moments[rows].float()) - shift) * scale, pool.ids[rows])
+        loss = flow.loss(*some())
         flow.update(loss, budget.fraction())
-        window += loss.detach()
         if (flow.step - first) % args.print_every == 0:
-            loss_mean = window.item() / args.print_every
-            print(f"flow step {flow.step} {budget.elapsed():.0f}s loss {loss_mean:.4f}", flush=True)
-            window.zero_()
+            print(
+                f"flow step {flow.step} {budget.elapsed():.0f}s loss {loss.item():.4f} skipped {flow.num_skipped}",
+                flush=True,
+            )
+        if flow.num_skipped > 1000:
+            raise SystemExit(f"{flow.num_skipped} gradients were not finite")
         if time.monotonic() - saved > 120:
             save_checkpoint(args.checkpoint, vae, flow, True)
             saved = time.monotonic()
@@ -265,10 +294,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=Path, help="a saved pipeline to start from where there is no checkpoint")
     parser.add_argument("--seconds", type=float, default=540, help="wall clock for everything")
     parser.add_argument("--vae-seconds", type=float, default=70)
+    parser.add_argument("--decoder-seconds", type=float, default=100)
     parser.add_argument("--eval-seconds", type=float, default=60, help="kept free for the save and the evaluation")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--pool", type=int, default=262144 if cuda else 512)
-    parser.add_argument("--batch", type=int, default=512 if cuda else 16)
+    parser.add_argument("--batch", type=int, default=256 if cuda else 16)
     parser.add_argument("--vae-batch", type=int, default=64 if cuda else 4)
     parser.add_argument("--encode-batch", type=int, default=512 if cuda else 8)
     parser.add_argument("--print-every", type=int, default=250 if cuda else 5)
@@ -293,10 +323,12 @@ def main() -> None:
     if not restore(args, vae, flow):
         train_vae(vae, pool, Budget(min(args.vae_seconds, total.left() / 3)), args.vae_batch, args.vae_rate)
         save_checkpoint(args.checkpoint, vae, flow, True)
-    vae.to(device=device, memory_format=torch.channels_last).eval()
-    train_flow(flow, vae, pool, Budget(total.left() - args.eval_seconds), args)
+    vae.to(device=device).eval()
+    train_flow(flow, vae, pool, Budget(total.left() - args.eval_seconds - args.decoder_seconds), args)
+    if args.decoder_seconds:
+        train_vae(vae, pool, Budget(args.decoder_seconds), args.vae_batch, args.vae_rate / 2, decoder_only=True)
     save_checkpoint(args.checkpoint, vae, flow, True)
-    pipeline = build_pipeline(flow.average.cpu(), vae.cpu().to(memory_format=torch.contiguous_format))
+    pipeline = build_pipeline(flow.average.cpu(), vae.cpu())
     save_pipeline(pipeline.to(torch.bfloat16), args.out)
     print(f"saved at {total.elapsed():.0f}s, {flow.step} steps", flush=True)
     del flow, pool
