@@ -4,7 +4,7 @@ Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
   \\->  AR group (ArReplica, vLLM)
 """
 
-# No `from __future__ import annotations` here: Ray Serve reads the type of `build`'s argument and checks the YAML by it.
+# No `from __future__ import annotations` here: Ray Serve checks the YAML by the type of `build`'s argument.
 
 import functools
 from typing import Any
@@ -16,6 +16,7 @@ from omni_ray.api.app import Api
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec
 from omni_ray.engine.gang import Gang
 from omni_ray.errors import ConfigError
+from omni_ray.replica import prefix
 from omni_ray.replica.ar import ArReplica
 from omni_ray.replica.dit import DitReplica
 from omni_ray.router import balance
@@ -67,13 +68,17 @@ def _launch_gang(group: DitGroup, replica_id: str, source: str, num_gpus: int) -
 
 
 def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
-    options = _group_options(group, gpus_per_rank(group), group.parallel.num_ranks)
+    num_gpus, num_ranks = gpus_per_rank(group), group.parallel.num_ranks
+    options = _group_options(group, num_gpus, num_ranks)
+    if num_ranks == 1:  # its engine is a child process of the replica, and sees the GPU that Ray gave to the replica
+        options["ray_actor_options"]["num_gpus"] = num_gpus
     return (
         serve.deployment(ArReplica)
         .options(
             **options,
             max_ongoing_requests=group.max_ongoing_requests,
             max_queued_requests=group.queue.max_queued_requests,
+            request_router_config=prefix.request_router_config(group.routing),
         )
         .bind(spec, group, resolve_source(group.source))
     )

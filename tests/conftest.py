@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,19 @@ class Server:
                 pass
             time.sleep(0.5)
         pytest.fail(f"the server is not ready after {timeout_s} s:\n{self.log.read_text()[-6000:]}")
+
+    def find(self, title: str) -> psutil.Process:
+        """The one process of this server whose title begins with ``title``, such as ``ray::Rank``."""
+        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if _title(p).startswith(title)]
+        assert len(found) == 1, (title, found)
+        return found[0]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
 
 
 @pytest.fixture(scope="session")

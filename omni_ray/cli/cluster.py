@@ -7,6 +7,8 @@ import importlib
 import logging
 import os
 import socket
+import sys
+from pathlib import Path
 from typing import Any
 
 from omni_ray.cli.ready import without_traceback
@@ -117,6 +119,8 @@ def _set_environment() -> None:
         return  # Throughput mode without HAProxy would leave Serve without any proxy.
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    if (haproxy := Path(sys.executable).with_name("omni-ray-haproxy")).exists():
+        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
     # How long an ingress replica that stops waits for load balancers to forget it; the only one is Serve's own.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
 

@@ -42,7 +42,9 @@ def phase_of(group: dict[str, Any]) -> tuple[str, str]:
     # Those of dead replicas come first and stay, so only the latest count.
     loading = [each for each in group["progress"][-max(num_replicas, 1) :] if each["phase"] != "ready"]
     if not loading:
-        return ("ready" if group["ready"] else "starting"), _replicas(num_ready, num_replicas) or group["message"]
+        # Ray Serve's message tells why no replica has begun; once one is loaded it has nothing to add.
+        message = "" if group["progress"] else group["message"]
+        return ("ready" if group["ready"] else "starting"), _replicas(num_ready, num_replicas) or message
     last = min(loading, key=_distance)
     return last["phase"], " ".join(_detail(last, num_ready, num_replicas))
 
@@ -61,7 +63,8 @@ def _distance(progress: dict[str, Any]) -> tuple[int, float]:
 
 def _detail(progress: dict[str, Any], num_ready: int, num_replicas: int) -> Iterable[str]:
     if progress["phase"] == "loading weights" and progress["total_bytes"]:
-        yield f"{progress['done_bytes'] / GIB:.2f}/{progress['total_bytes'] / GIB:.2f} GiB"
+        unit, size = ("GiB", GIB) if progress["total_bytes"] >= GIB / 10 else ("MiB", 2**20)
+        yield f"{progress['done_bytes'] / size:.2f}/{progress['total_bytes'] / size:.2f} {unit}"
     if progress["detail"]:
         yield without_traceback(progress["detail"])
     if replicas := _replicas(num_ready, num_replicas):

@@ -23,6 +23,7 @@ TOOL: Any = {
     "function": {
         "name": "paint",
         "description": "Paint the canvas.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"colour": {"type": "string", "enum": ["red", "blue"]}},
