@@ -42,9 +42,9 @@ def phase_of(group: dict[str, Any]) -> tuple[str, str]:
     # Those of dead replicas come first and stay, so only the latest count.
     loading = [each for each in group["progress"][-max(num_replicas, 1) :] if each["phase"] != "ready"]
     if not loading:
-        # Ray Serve's message tells why no replica has begun; once one is loaded it has nothing to add.
-        message = "" if group["progress"] else group["message"]
-        return ("ready" if group["ready"] else "starting"), _replicas(num_ready, num_replicas) or message
+        # Ray Serve's message tells why no replica has begun; once one has loaded it has nothing to add.
+        phase, message = ("loaded", "") if group["progress"] else ("starting", group["message"])
+        return ("ready" if group["ready"] else phase), _replicas(num_ready, num_replicas) or message
     last = min(loading, key=_distance)
     return last["phase"], " ".join(_detail(last, num_ready, num_replicas))
 

@@ -319,7 +319,8 @@ def main() -> None:
     print(f"{pool.size} scenes sampled in {total.elapsed():.0f}s", flush=True)
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    # cuDNN's attention (torch 2.11, H100) gives gradients that are not finite at the text encoders' 32 causal tokens.
+    # With both of these (torch 2.11, H100) the gradients of the causal text encoder were not finite, without them they
+    # were; which of the two it is has not been looked into.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     vae, flow = build_vae(), Flow(device, args.rate)

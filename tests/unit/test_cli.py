@@ -6,6 +6,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -76,15 +78,37 @@ def test_serve_refuses_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
         assert run("serve", DEPLOYMENT, "--port", str(port)).startswith(f"port {port} of 127.0.0.1 is in use")
 
 
-def test_the_environment_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
-    for name in (*names, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"):
+HAPROXY = Path(sys.executable).with_name("omni-ray-haproxy")
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ENABLE_HA_PROXY", "THROUGHPUT_OPTIMIZED", "HAPROXY_BINARY_PATH", "DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
+    for name in ("RAY_AUTH_MODE", *(f"RAY_SERVE_{name}" for name in names)):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_serves_fast_path_is_on_and_notices_clients_that_leave() -> None:
+    _set_environment()
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+    assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_the_environment_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     _set_environment()
+    names = ("RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
     assert [os.environ.get(name) for name in names] == ["token", "0", None]
+
+
+def test_our_haproxy_is_haproxy_even_where_the_variable_names_it() -> None:
+    environment = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY)}
+    told = subprocess.run([HAPROXY, "-v"], env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert told.stdout.startswith("HAProxy version")
 
 
 def test_the_address_is_one_that_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
