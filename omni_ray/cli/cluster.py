@@ -14,6 +14,7 @@ from typing import Any
 from omni_ray.cli.ready import without_traceback
 from omni_ray.config.serve_file import ServeFile
 from omni_ray.errors import ConfigError, Unavailable
+from omni_ray.orphans import leave_none
 
 WILDCARDS = ("", "0.0.0.0", "::")
 
@@ -33,6 +34,7 @@ class Cluster:
         if self._is_own:
             self._check_port()
             _set_environment()
+            leave_none()
         import ray
 
         context = ray.init(

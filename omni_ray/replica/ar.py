@@ -15,8 +15,8 @@ from ray.serve.exceptions import RayServeException
 from omni_ray.config.spec import ArGroup, OmniSpec
 from omni_ray.errors import Unavailable
 from omni_ray.messages import HttpHead, HttpRequest, LoadProgress
+from omni_ray.orphans import leave_none
 from omni_ray.replica.asgi import AsgiApp, Exchange
-from omni_ray.replica.orphans import leave_none
 
 if TYPE_CHECKING:
     from omni_ray.replica.vllm_adapter import Vllm

@@ -1,7 +1,8 @@
-"""Ends the processes that a replica would leave behind when it is killed: vLLM's engine core does not notice.
+"""Ends the processes that another would leave behind when it is killed: vLLM's engine core and Ray Serve's HAProxy do
+not notice that their parent is gone.
 
 `leave_none` marks the environment, which all later child processes inherit, and starts a guard: this file as a small
-script, which sleeps on a pipe until the replica is gone, however it went, and then kills whatever bears the mark.
+script, which sleeps on a pipe until the process is gone, however it went, and then kills whatever bears the mark.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 import uuid
 from pathlib import Path
 
-MARK = "OMNI_RAY_REPLICA_MARK"
+MARK = "OMNI_RAY_MARK"
 
 
 def leave_none() -> None:
