@@ -17,10 +17,12 @@ MARK = "OMNI_RAY_MARK"
 
 def leave_none() -> None:
     """From now on no child process of this one outlives it. Linux only, by `/proc`."""
+    global _guard  # the pipe must live as long as the process
+    if _guard is not None:
+        return
     mark = os.environ[MARK] = uuid.uuid4().hex
     # Without this, processes that set their title (vLLM's do) write over the environment that `/proc` shows.
     os.environ["SPT_NOENV"] = "1"
-    global _guard  # the pipe must live as long as the process
     _guard = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, mark], stdin=subprocess.PIPE, start_new_session=True
     )

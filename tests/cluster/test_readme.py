@@ -36,6 +36,12 @@ def run(model: str, server: Server, folder: Path) -> str:
     ).stdout
 
 
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 def test_chat(server: Server, tmp_path: Path) -> None:
     reply = json.loads(run("demo-chat", server, tmp_path))
     assert reply["choices"][0]["message"]["content"] == "a red circle on a blue background"
@@ -43,17 +49,17 @@ def test_chat(server: Server, tmp_path: Path) -> None:
 
 def test_image(server: Server, tmp_path: Path) -> None:
     run("demo-image", server, tmp_path)
-    assert Image.open(tmp_path / "circle.png").size == (256, 256)
+    assert opened(tmp_path / "circle.png").size == (256, 256)
 
 
 def test_chain(server: Server, tmp_path: Path) -> None:
     assert run("demo-omni", server, tmp_path).strip() == "a red circle on a blue background"
-    assert Image.open(tmp_path / "tomato.png").size == (256, 256)
+    assert opened(tmp_path / "tomato.png").size == (256, 256)
 
 
 @pytest.mark.xfail(strict=False, reason="demo:image is not trained to the end yet: see the figures of its card")
 def test_the_images_show_what_was_asked_for(server: Server, tmp_path: Path) -> None:
     run("demo-image", server, tmp_path)
-    assert not reasons(Image.open(tmp_path / "circle.png"), scenes.parse("a red circle"))
+    assert not reasons(opened(tmp_path / "circle.png"), scenes.parse("a red circle"))
     caption = run("demo-omni", server, tmp_path).strip()
-    assert not reasons(Image.open(tmp_path / "tomato.png"), scenes.parse(caption))
+    assert not reasons(opened(tmp_path / "tomato.png"), scenes.parse(caption))
