@@ -42,9 +42,14 @@ class Server:
 
     def find(self, title: str) -> psutil.Process:
         """The one process of this server whose title begins with ``title``, such as ``ray::Rank``."""
-        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if _title(p).startswith(title)]
-        assert len(found) == 1, (title, found)
-        return found[0]
+        deadline = time.monotonic() + 10
+        while True:
+            everything = psutil.Process(self.process.pid).children(recursive=True)
+            found = [process for process in everything if _title(process).startswith(title)]
+            if len(found) == 1:
+                return found[0]
+            assert time.monotonic() < deadline, (title, found)
+            time.sleep(0.2)
 
 
 def _title(process: psutil.Process) -> str:

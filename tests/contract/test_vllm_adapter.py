@@ -238,8 +238,8 @@ async def test_a_dead_rank_makes_the_replica_unavailable(replica: ArReplica) -> 
 
     streams = [asyncio.create_task(post(replica, CHAT, **LONG)) for _ in range(2)]
     await seconds_until(lambda: unfinished(replica) == 2, within_s=5)
-    rank = psutil.Process().children(recursive=True)[-1]
-    os.kill(rank.pid, signal.SIGKILL)
+    (engine,) = (p for p in psutil.Process().children() if p.cmdline()[0].startswith("VLLM::EngineCore"))
+    os.kill(engine.children()[-1].pid, signal.SIGKILL)
     for stream in streams:
         with pytest.raises(Unavailable):
             await asyncio.wait_for(stream, 15)
