@@ -255,9 +255,7 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
 def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.Namespace) -> None:
     """Encodes the pool, then trains until the budget ends, with a checkpoint every two minutes."""
     moments, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
-    num_bad = int((~moments.isfinite()).flatten(1).any(1).sum())
-    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s, {num_bad} not finite", flush=True)
-    moments = moments.nan_to_num(0.0, 0.0, 0.0)
+    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
     shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.step
 
     def some() -> tuple[torch.Tensor, torch.Tensor]:
