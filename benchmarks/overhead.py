@@ -66,7 +66,7 @@ def compare_ar(args: argparse.Namespace) -> None:
         "engine_args": engine_args,
     }
     rows = {
-        side: _load_chat(args, side, command) for side, command in (("bare", bare), ("omni_ray", _omni(args, model)))
+        side: _load_chat(args, side, command) for side, command in (("omni_ray", _omni(args, model)), ("bare", bare))
     }
     print(
         f"\n{'mode':>7} {'in flight':>9} {'bare req/s':>11} {'omni req/s':>11} {'ratio':>6} "

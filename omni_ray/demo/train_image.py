@@ -3,7 +3,7 @@
 Phases, all within the N seconds: the autoencoder, a pool of encoded scenes, flow matching on it with both text
 encoders trained jointly, the autoencoder's decoder once more with the latents as they are, the save in bf16, the
 evaluation. With an existing checkpoint it goes on from there; without one but with ``--start DIR`` it starts from that
-folder's weights, or, where it holds the autoencoder (``vae``) alone, trains the rest.
+folder's weights. Where the folder holds the autoencoder (``vae``) alone, it is trained on for ``--vae-seconds``.
 """
 
 from __future__ import annotations
@@ -247,8 +247,9 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
     saved = diffusers.AutoencoderKL.from_pretrained(args.start, subfolder="vae")
     vae.load_state_dict(saved.state_dict())
     vae.register_to_config(scaling_factor=saved.config.scaling_factor, shift_factor=saved.config.shift_factor)
-    if (args.start / "transformer").is_dir():
-        flow.start_from(diffusers.FluxPipeline.from_pretrained(args.start))
+    if not (args.start / "transformer").is_dir():
+        return False
+    flow.start_from(diffusers.FluxPipeline.from_pretrained(args.start))
     return True
 
 
@@ -262,7 +263,8 @@ def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.
         rows = torch.randint(len(moments), (args.batch,), device=moments.device)
         return (sampled(moments[rows].float()) - shift) * scale, pool.ids[rows]
 
-    flow.probe(*some())
+    if not flow.probe(*some()):
+        raise SystemExit("the gradients are not finite")
     if moments.is_cuda and not args.no_compile:
         torch._dynamo.config.suppress_errors = True
         flow.model.transformer.compile_repeated_blocks()
@@ -321,6 +323,7 @@ def main() -> None:
     # were; which of the two it is has not been looked into.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cudnn.benchmark = True
     vae, flow = build_vae(), Flow(device, args.rate)
     if not restore(args, vae, flow):
         train_vae(vae, pool, Budget(min(args.vae_seconds, total.left() / 3)), args.vae_batch, args.vae_rate)
