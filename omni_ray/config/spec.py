@@ -215,9 +215,6 @@ class Group(Block):
         "auto",
         description="Number format of weights and activations; `auto` is the checkpoint's, on a CPU the engine's best.",
     )
-    load_format: Literal["auto", "dummy"] = Field(
-        "auto", description="`dummy` makes random weights from the configs, to measure speed without a checkpoint."
-    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
     memory: Memory = Field(default_factory=Memory, description="Device memory.")
     queue: Queue = Field(default_factory=Queue, description="The queue in front of the group.")
@@ -240,6 +237,10 @@ class ArGroup(Group):
     aliases: ClassVar[dict[str, str]] = VLLM_ALIASES
 
     type: Literal["ar"] = Field(description="Served by vLLM.")
+    load_format: str = Field(
+        "auto",
+        description="How vLLM loads the weights; `dummy` makes random ones, to measure speed without a checkpoint.",
+    )
     parallel: ArParallel = Field(default_factory=ArParallel, description="Ranks of one replica.")
     offload: ArOffload = Field(default_factory=ArOffload, description="Weights in host memory.")
     quantization: str | None = Field(
@@ -270,6 +271,9 @@ class DitGroup(Group):
     """A diffusion transformer (image or video) on diffusers."""
 
     type: Literal["dit"] = Field(description="Served by diffusers.")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="`dummy` makes random weights from the configs, to measure speed without a checkpoint."
+    )
     parallel: DitParallel = Field(default_factory=DitParallel, description="Ranks of one replica.")
     cache: Cache = Field(default_factory=Cache, description="Reuse of computed steps.")
     offload: DitOffload = Field(default_factory=DitOffload, description="Weights in host memory.")

@@ -24,8 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from omni_ray.engine.gate import Call
 
-JOINABLE = ("forward", "decode")
-"""Methods whose answer can be cut along the batch axis."""
+JOINABLE = ("forward",)
+"""Methods whose calls may share a run. An autoencoder's ``decode`` fills the device with one image: together, twelve of
+256² took nearly twice as long on a CPU, and memory grows with each."""
 
 _fingerprints = WeakTensorKeyDictionary()
 

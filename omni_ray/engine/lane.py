@@ -12,9 +12,11 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from omni_ray.engine.gate import Exclusive, Gate, GatedModule, LaneCancelled
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Emit = Callable[[Event], None]
+
+_thread_pools = ThreadpoolController()
 
 
 class Lane:
@@ -92,7 +96,8 @@ class Lane:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            output = self._call_pipeline()
+            with _one_openmp_thread():
+                output = self._call_pipeline()
             self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
             for media in encode_outputs(output, self.job):
                 self._emit(media)
@@ -134,3 +139,11 @@ class Lane:
         if isinstance(error, torch.OutOfMemoryError):
             return EngineFailed(f"out of device memory at step {self.step}: ask for a smaller size or fewer images")
         return EngineFailed(f"{type(self._pipe).__name__} failed at step {self.step}: {type(error).__name__}: {error}")
+
+
+def _one_openmp_thread() -> AbstractContextManager[Any]:
+    """What a lane computes between its calls is small, and the idle threads of its OpenMP pool would spin on the cores
+    that the loop's forward needs."""
+    torch.get_num_threads()  # torch sets a thread's pool at its first use; ours has to come after
+    limits: AbstractContextManager[Any] = _thread_pools.limit(limits=1, user_api="openmp")
+    return limits

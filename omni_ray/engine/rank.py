@@ -8,6 +8,7 @@ import os
 import queue
 import random
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from omni_ray.config.spec import DitGroup
@@ -46,7 +47,11 @@ class Rank:
             )
             main.call_soon_threadsafe(progress.put_nowait, step)
 
-        loading = asyncio.create_task(asyncio.to_thread(self._load, report))
+        # A thread that ends takes its OpenMP pool along; beside a second pool, the loop's would sleep between any two
+        # loops of a kernel, as there would be more threads than cores.
+        loader = ThreadPoolExecutor(max_workers=1)
+        loading = main.run_in_executor(loader, self._load, report)
+        loader.shutdown(wait=False)
         loading.add_done_callback(lambda _: progress.put_nowait(None))
         while (step := await progress.get()) is not None:
             yield step

@@ -129,6 +129,7 @@ def serve_args(group: ArGroup, source: str) -> Namespace:
 
 def _own_flags(group: ArGroup) -> list[str]:
     flags = [
+        f"--load-format={group.load_format}",
         f"--dtype={group.dtype}",
         f"--tensor-parallel-size={group.parallel.tensor}",
         f"--pipeline-parallel-size={group.parallel.pipeline}",

@@ -49,17 +49,10 @@ def test_chat(server: Server, tmp_path: Path) -> None:
 
 def test_image(server: Server, tmp_path: Path) -> None:
     run("demo-image", server, tmp_path)
-    assert opened(tmp_path / "circle.png").size == (256, 256)
+    assert not reasons(opened(tmp_path / "circle.png"), scenes.parse("a red circle"))
 
 
 def test_chain(server: Server, tmp_path: Path) -> None:
-    assert run("demo-omni", server, tmp_path).strip() == "a red circle on a blue background"
-    assert opened(tmp_path / "tomato.png").size == (256, 256)
-
-
-@pytest.mark.xfail(strict=False, reason="demo:image is not trained to the end yet: see the figures of its card")
-def test_the_images_show_what_was_asked_for(server: Server, tmp_path: Path) -> None:
-    run("demo-image", server, tmp_path)
-    assert not reasons(opened(tmp_path / "circle.png"), scenes.parse("a red circle"))
     caption = run("demo-omni", server, tmp_path).strip()
+    assert caption == "a red circle on a blue background"
     assert not reasons(opened(tmp_path / "tomato.png"), scenes.parse(caption))

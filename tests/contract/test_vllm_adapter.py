@@ -232,6 +232,14 @@ async def test_engine_args_are_typed_by_vllm() -> None:
     assert (args.hf_overrides, args.middleware) == ({"rope_theta": 1e4}, ["a.b", "c.d"])
 
 
+async def test_the_groups_own_keys_become_flags() -> None:
+    from omni_ray.replica.vllm_adapter import serve_args
+
+    keys = {"load_format": "dummy", "dtype": "float32", "trust_remote_code": True, "quantization": "fp8"}
+    args = serve_args(group_of(spec_of("somewhere")).model_copy(update=keys), "somewhere")
+    assert {key: getattr(args, key) for key in keys} == keys
+
+
 async def test_a_dead_rank_makes_the_replica_unavailable(replica: ArReplica) -> None:
     """Last in the module: it kills the engine."""
     import psutil  # type: ignore[import-untyped]
