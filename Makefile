@@ -20,4 +20,4 @@ check: setup    # style, types, import rules, shape
 	$(BIN)/pytest -q tests/unit/test_shape.py
 
 docs: setup     # docs/configuration.md from the spec
-	$(BIN)/python -m omni_ray.config.docs
+	$(BIN)/python -m omni_ray.config.docs > docs/configuration.md

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,36 +138,35 @@ def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float, dec
 
 @torch.no_grad()
 def encode(vae: Any, pool: Pool, count: int, batch: int) -> tuple[torch.Tensor, tuple[float, float]]:
-    """The first ``count`` scenes' latents: moments [count, 8, 32, 32] bf16 (mean, then std), and their mean and std."""
+    """The first ``count`` scenes' latents [count, 4, 32, 32] bf16, and their mean and deviation.
+
+    They are the posteriors' means: the noise around them is not to be predicted, and the decoder bears it.
+    """
     device = pool.plans.device
     parts = []
     for start in range(0, count, batch):
         pictures = pool.pictures(torch.arange(start, min(start + batch, count), device=device))
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(pictures).latent_dist
-        parts.append(torch.cat([posterior.mean, posterior.std], 1).to(torch.bfloat16).contiguous())
-    moments = torch.cat(parts)
-    some = sampled(moments[:4096].float())
-    return moments, (some.mean().item(), some.std().item())
-
-
-def sampled(moments: torch.Tensor) -> torch.Tensor:
-    """A draw from each posterior: [n, 8, 32, 32] to [n, 4, 32, 32]."""
-    mean, std = moments.chunk(2, dim=1)
-    return mean + std * torch.randn_like(std)
+            mean = vae.encode(pictures).latent_dist.mean
+        parts.append(mean.to(torch.bfloat16).contiguous())
+    means = torch.cat(parts)
+    some = means[:4096].float()
+    return means, (some.mean().item(), some.std().item())
 
 
 class Flow:
-    """Flow matching: the model, its moving average and its optimizer."""
+    """Flow matching: the model, its moving average and its optimizer. All that a step changes lies on the device, so
+    that a CUDA graph can hold the step."""
 
     def __init__(self, device: torch.device, rate: float) -> None:
-        self.model, self.rate, self.step = TextAndTransformer().to(device), rate, 0
-        self.num_skipped = 0  # steps whose gradient was not finite
+        self.model, self.peak_rate, self.num_steps = TextAndTransformer().to(device), rate, 0
         self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.rate, self.decay = torch.tensor(rate, device=device), torch.tensor(0.0, device=device)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         rest = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=cuda, capturable=cuda)
 
     def loss(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Mean squared velocity error at random times; latents [n, 4, 32, 32] of unit scale, ids [n, 32]."""
@@ -179,19 +179,23 @@ class Flow:
             velocity = self.model((1 - level) * data + level * noise, sigma, ids)
         return functional.mse_loss(velocity.float(), noise - data)
 
-    def update(self, loss: torch.Tensor, fraction: float) -> None:
-        """One optimizer step and one of the moving average."""
-        set_rate(self.optimizer, learning_rate(self.rate, fraction, self.step))
+    def next_step(self, fraction: float) -> None:
+        """Sets what the next step reads: the learning rate and the moving average's decay."""
+        self.rate.fill_(learning_rate(self.peak_rate, fraction, self.num_steps))
+        self.decay.fill_(min(EMA_DECAY, (1 + self.num_steps) / (10 + self.num_steps)))
+        self.num_steps += 1
+
+    def step(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """One step of the optimizer and of the moving average; the loss."""
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(latents, ids)
         loss.backward()
-        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
-            self.num_skipped += 1
-            return
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        self.step += 1
+            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(value, 1 - self.decay)
+        return loss.detach()
 
     def probe(self, latents: torch.Tensor, ids: torch.Tensor) -> bool:
         """Whether the loss and every gradient are finite, on a batch that changes nothing."""
@@ -208,7 +212,7 @@ class Flow:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
+            "step": self.num_steps,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -216,7 +220,9 @@ class Flow:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.num_steps = state["step"]
 
     def start_from(self, pipeline: Any) -> None:
         """Takes over a saved pipeline's weights."""
@@ -240,7 +246,7 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
         vae.load_state_dict(state["vae"])
         vae.register_to_config(scaling_factor=state["scale"][0], shift_factor=state["scale"][1])
         flow.load(state["flow"])
-        print(f"resumed at step {flow.step}", flush=True)
+        print(f"resumed at step {flow.num_steps}", flush=True)
         return bool(state["vae_done"])
     if args.start is None:
         return False
@@ -255,34 +261,53 @@ def restore(args: argparse.Namespace, vae: Any, flow: Flow) -> bool:
 
 def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.Namespace) -> None:
     """Encodes the pool, then trains until the budget ends, with a checkpoint every two minutes."""
-    moments, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
-    print(f"pool of {len(moments)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
-    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.step
+    means, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
+    print(f"pool of {len(means)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
+    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.num_steps
 
     def some() -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.randint(len(moments), (args.batch,), device=moments.device)
-        return (sampled(moments[rows].float()) - shift) * scale, pool.ids[rows]
+        rows = torch.randint(len(means), (args.batch,), device=means.device)
+        return (means[rows].float() - shift) * scale, pool.ids[rows]
 
     if not flow.probe(*some()):
         raise SystemExit("the gradients are not finite")
-    if moments.is_cuda and not args.no_compile:
+    if means.is_cuda and not args.no_compile:
         torch._dynamo.config.suppress_errors = True
         flow.model.transformer.compile_repeated_blocks()
         if not flow.probe(*some()):
             raise SystemExit("compiled, the gradients are not finite; train with --no-compile")
-    while budget.left() > 0 or flow.step == first:
-        loss = flow.loss(*some())
-        flow.update(loss, budget.fraction())
-        if (flow.step - first) % args.print_every == 0:
-            print(
-                f"flow step {flow.step} {budget.elapsed():.0f}s loss {loss.item():.4f} skipped {flow.num_skipped}",
-                flush=True,
-            )
-        if flow.num_skipped > 1000:
-            raise SystemExit(f"{flow.num_skipped} gradients were not finite")
-        if time.monotonic() - saved > 120:
-            save_checkpoint(args.checkpoint, vae, flow, True)
-            saved = time.monotonic()
+    step = graphed(lambda: flow.step(*some())) if means.is_cuda and not args.no_graph else lambda: flow.step(*some())
+    print(f"first step at {budget.elapsed():.0f}s", flush=True)
+    while budget.left() > 0 or flow.num_steps == first:
+        flow.next_step(budget.fraction())
+        loss = step()
+        if (flow.num_steps - first) % args.print_every == 0:
+            print(f"flow step {flow.num_steps} {budget.elapsed():.0f}s loss {loss.item():.4f}", flush=True)
+            if not loss.isfinite():
+                raise SystemExit("the loss is not finite")
+            if time.monotonic() - saved > 120:
+                save_checkpoint(args.checkpoint, vae, flow, True)
+                saved = time.monotonic()
+
+
+def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """``step`` as a CUDA graph: launching its thousand kernels one by one takes the host longer than the GPU computes.
+    It runs a few times first, so that what the first call makes (optimizer state, compiled code) is there."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def arguments() -> argparse.Namespace:
@@ -306,6 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vae-rate", type=float, default=1e-3)
     parser.add_argument("--eval-count", type=int, default=500)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-graph", action="store_true")
     return parser.parse_args()
 
 
@@ -335,7 +361,7 @@ def main() -> None:
     save_checkpoint(args.checkpoint, vae, flow, True)
     pipeline = build_pipeline(flow.average.cpu(), vae.cpu())
     save_pipeline(pipeline.to(torch.bfloat16), args.out)
-    print(f"saved at {total.elapsed():.0f}s, {flow.step} steps", flush=True)
+    print(f"saved at {total.elapsed():.0f}s, {flow.num_steps} steps", flush=True)
     del flow, pool
     from omni_ray.demo.evaluate import evaluate_image
 
