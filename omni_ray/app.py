@@ -63,7 +63,7 @@ def _dit_group(group: DitGroup) -> serve.Application:
     )
 
 
-def _launch_gang(group: DitGroup, replica_id: str, source: str, num_gpus: int) -> Gang:
+def _launch_gang(group: DitGroup, replica_id: str, source: str, num_gpus: float) -> Gang:
     return Gang(group, source, num_gpus, replica_id)
 
 
@@ -84,9 +84,9 @@ def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
     )
 
 
-def _group_options(group: ArGroup | DitGroup, num_gpus: int, num_ranks: int) -> dict[str, Any]:
+def _group_options(group: ArGroup | DitGroup, num_gpus: float, num_ranks: int) -> dict[str, Any]:
     """One replica is one placement group with a bundle per rank; the replica's own process shares the first."""
-    bundle = {"CPU": group.num_cpus} | ({"GPU": float(num_gpus)} if num_gpus else {})
+    bundle = {"CPU": group.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
     options: dict[str, Any] = {
         "name": deployment_name(group.id),
         "placement_group_bundles": [bundle] * num_ranks,
@@ -101,9 +101,9 @@ def _group_options(group: ArGroup | DitGroup, num_gpus: int, num_ranks: int) -> 
     return options
 
 
-def gpus_per_rank(group: ArGroup | DitGroup) -> int:
-    """1 on a GPU, 0 on a CPU. ``auto`` takes GPUs where the cluster has any."""
+def gpus_per_rank(group: ArGroup | DitGroup) -> float:
+    """Ray GPUs of a rank, 0 on a CPU. ``auto`` takes GPUs where the cluster has any."""
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     if group.device == "cuda" and not cluster.get("GPU"):
         raise ConfigError(f"{group.id}: device cuda, but the cluster has no GPU; set device: auto, or add a GPU node")
-    return int(group.device != "cpu" and cluster.get("GPU", 0) > 0)
+    return group.num_gpus if group.device != "cpu" and cluster.get("GPU", 0) > 0 else 0

@@ -91,21 +91,16 @@ class ArParallel(Block):
 
 
 class DitParallel(Block):
-    """How one replica is spread over ranks. The product of all axes is the number of ranks of a replica."""
+    """How one replica is spread over ranks. The product of the axes is the number of ranks of a replica."""
 
-    tensor: Positive = Field(1, description="Tensor-parallel ranks; 1 so far.")
-    ulysses: Positive = Field(1, description="Ulysses sequence-parallel ranks; 1 so far.")
-    ring: Positive = Field(1, description="Ring sequence-parallel ranks; 1 so far.")
-    cfg: Literal[1, 2] = Field(1, description="Classifier-free guidance branches run side by side.")
+    tensor: Positive = Field(1, description="Tensor-parallel ranks: each holds a part of every layer's weights.")
+    ulysses: Positive = Field(1, description="Sequence-parallel ranks that exchange attention heads (Ulysses).")
+    ring: Positive = Field(1, description="Sequence-parallel ranks that pass keys and values around (ring attention).")
+    cfg: Literal[1, 2] = Field(1, description="2 computes the guidance branches of a step side by side.")
 
     @property
     def num_ranks(self) -> int:
         return self.tensor * self.ulysses * self.ring * self.cfg
-
-    @field_validator("tensor", "ulysses", "ring", "cfg")
-    @classmethod
-    def _supported(cls, degree: int) -> int:
-        return int(_only(degree, 1))
 
 
 class Cache(Block):
@@ -211,6 +206,9 @@ class Group(Block):
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="`auto` takes GPUs where the cluster has any.")
     num_cpus: float = Field(0.5, gt=0, description="Ray CPUs that each rank reserves.")
+    num_gpus: float = Field(
+        1.0, gt=0, le=1, description="Ray GPUs that each rank reserves, where it runs on one; below 1, ranks share it."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
         description="Number format of weights and activations; `auto` is the checkpoint's, on a CPU the engine's best.",

@@ -17,7 +17,7 @@ from omni_ray.messages import Capabilities, Event, Job, LoadProgress
 class Gang:
     """Starts ``group.parallel.num_ranks`` actors. Rank i takes bundle i of the current placement group."""
 
-    def __init__(self, group: DitGroup, source: str, num_gpus: int, replica_id: str) -> None:
+    def __init__(self, group: DitGroup, source: str, num_gpus: float, replica_id: str) -> None:
         bundles = get_current_placement_group()
         self._ranks = [
             ray.remote(Rank)
