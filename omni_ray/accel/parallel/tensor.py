@@ -1,0 +1,53 @@
+"""Tensor parallelism: each rank keeps a part of every Linear (Megatron-LM, https://arxiv.org/abs/1909.08053).
+
+The plans and the slicing are diffusers' own. The sharded Linears are plain ones, not DTensors: the dispatch of those
+costs more than the launch of a kernel, and their making sends every weight through the network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks.tensor_parallel import _local_shard, resolve_tp_shard_specs
+from torch.distributed.device_mesh import DeviceMesh
+
+from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.config.catalog import TensorPlan
+from omni_ray.errors import ConfigError
+
+
+class RowwiseLinear(torch.nn.Linear):
+    """A Linear whose inputs are spread over the ranks: their sums are summed, then the bias is added, once."""
+
+    ranks: Ranks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.ranks.sum(torch.nn.functional.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+
+def shard_specs(transformer: Any, plan: TensorPlan, degree: int) -> dict[str, Any]:
+    """Per parameter, the dimension to cut and its blocks; ConfigError where one does not divide. Changes nothing."""
+    linears = transformer._tp_plan if plan.linears is None else plan.linears
+    try:
+        return dict(resolve_tp_shard_specs(transformer, linears, degree))
+    except ValueError as error:
+        raise ConfigError(f"parallel: tensor {degree} cannot split {type(transformer).__name__}: {error}") from error
+
+
+def apply_tensor(transformer: Any, plan: TensorPlan, mesh: DeviceMesh) -> None:
+    """Cut the weights to this rank's part of ``mesh``, a mesh of one dimension."""
+    ranks = Ranks.of(mesh, "tensor")
+    for name, spec in shard_specs(transformer, plan, ranks.size).items():
+        path, _, key = name.rpartition(".")
+        linear = transformer.get_submodule(path)
+        if spec.dim is not None:
+            whole = getattr(linear, key)
+            part = _local_shard(whole.detach(), spec.dim, spec.block_sizes, mesh).clone()
+            setattr(linear, key, torch.nn.Parameter(part, requires_grad=whole.requires_grad))
+        if key == "weight":
+            linear.out_features, linear.in_features = linear.weight.shape
+            if spec.dim == 1:
+                linear.__class__ = RowwiseLinear
+                linear.ranks = ranks
