@@ -25,9 +25,21 @@ from omni_ray.accel.compile import apply_compile
 from omni_ray.accel.loader import load_pipeline, resolve
 from omni_ray.config.spec import Batching, Compile, DitGroup
 from omni_ray.engine import lane
+from omni_ray.engine.lockstep import Alone, Turn
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.messages import Failure, Job, Usage
 from omni_ray.sources import resolve_source
+
+
+class Counted(Alone):
+    """Counts the forwards."""
+
+    num_forwards = 0
+
+    def agree(self, decide: Callable[[], Turn]) -> Turn:
+        turn = decide()
+        self.num_forwards += bool(turn.run)
+        return turn
 
 
 def main() -> None:
@@ -112,15 +124,10 @@ def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
 
 def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
     """The same for the jobs sent together. Images are taken before they are encoded, as the pipeline gives them."""
-    forwards = 0
     images: dict[str, Any] = {}
     lane.encode_outputs = lambda output, job: iter(images.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]
-
-    def count(turn: Any) -> None:
-        nonlocal forwards
-        forwards += bool(turn.run)
-
-    loop, ended = EngineLoop(pipe, batching, announce=count), queue.SimpleQueue[Any]()
+    counted = Counted()
+    loop, ended = EngineLoop(pipe, batching, counted), queue.SimpleQueue[Any]()
     loop.start()
     start = time.perf_counter()
     for job in jobs:
@@ -130,7 +137,7 @@ def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[
             raise event.error
     seconds = time.perf_counter() - start
     loop.stop()
-    return seconds, [images[job.id] for job in jobs], forwards
+    return seconds, [images[job.id] for job in jobs], counted.num_forwards
 
 
 def _psnr(first: list[Any], second: list[Any]) -> float:

@@ -99,6 +99,41 @@ def split(output: Any, calls: list[Call]) -> list[Any]:
     return [pytree.tree_unflatten(part, tree) for part in parts]
 
 
+def is_even(calls: list[Call], num_parts: int) -> bool:
+    """Whether there is one call, to a transformer, whose batch can be cut into equal parts."""
+    return len(calls) == 1 and is_denoising(calls[0]) and batch_size(calls[0]) % num_parts == 0
+
+
+def is_denoising(call: Call) -> bool:
+    """Whether it is a forward of one of the pipeline's transformers."""
+    return call.name.startswith("transformer") and call.method == "forward"
+
+
+def part(call: Call, index: int, num_parts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the call for the ``index``-th of ``num_parts`` equal parts of its batch."""
+    size = batch_size(call)
+    rows = slice(index * size // num_parts, (index + 1) * size // num_parts)
+
+    def cut(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+        return leaf[rows] if batched or (isinstance(leaf, list) and len(leaf) == size) else leaf
+
+    leaves, tree = _flatten(call, size)
+    args, kwargs = pytree.tree_unflatten([cut(leaf) for leaf in leaves], tree)
+    return args, kwargs
+
+
+def concat(answers: list[Any]) -> Any:
+    """The answer of a call from the answers of its equal parts."""
+    flat = [pytree.tree_flatten(answer, is_leaf=_is_tensor_list) for answer in answers]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    joined = [
+        torch.cat(column) if isinstance(column[0], Tensor) else [item for leaf in column for item in leaf]
+        for column in map(list, columns)
+    ]
+    return pytree.tree_unflatten(joined, flat[0][1])
+
+
 def _cut(leaf: Any, total: int, sizes: list[int]) -> list[Any]:
     if isinstance(leaf, Tensor):
         if leaf.ndim == 0 or leaf.shape[0] != total:
@@ -173,6 +208,20 @@ def choose(calls: list[Call], urgency: Callable[[Call], float], budget: int) -> 
             batch.append(call)
             used += call.tokens
     return batch
+
+
+def share_out(chosen: list[Call], others: list[Call], urgency: Callable[[Call], float], num: int) -> list[list[Call]]:
+    """The chosen calls in ``num`` shares, one for each part of the cfg axis, or in one if they cannot be shared out.
+
+    A call that is alone gets company: the most urgent other one to a transformer, which need not be of its shape.
+    """
+    if num == 1 or not is_denoising(chosen[0]):
+        return [chosen]
+    company = sorted((call for call in others if is_denoising(call) and call not in chosen), key=urgency)
+    found = chosen if len(chosen) >= num else [*chosen, *company][:num]
+    if len(found) < num:
+        return [chosen]
+    return [found[i * len(found) // num : (i + 1) * len(found) // num] for i in range(num)]
 
 
 def is_full(calls: list[Call], budget: int) -> bool:

@@ -8,6 +8,7 @@ state of one lane touches another's.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -16,21 +17,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni_ray.engine.deferred import answer, structure
+from omni_ray.errors import EngineFailed
+
 if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
     from omni_ray.engine.lane import Lane
 
 COMPUTING = ("forward", "encode", "decode", "generate", "get_image_features", "get_text_features")
 """The methods of a module that are handed to the gate; ``__call__`` counts as ``forward``."""
 
+LATE_S = 120.0
+"""How far a lane may be behind the same lane of the first rank: the time of one decode or text encoding, and more."""
+
 
 class Call:
-    """One waiting call of a lane: which module, which method, with what. The loop sets ``result`` or ``error``."""
+    """One waiting call of a lane: which module, which method, with what. The loop sets ``result`` or ``error``.
+
+    ``id`` is the same on every rank: the lane's, and the call's number in it. The lane sleeps until a call is answered,
+    unless it is ``deferred``.
+    """
 
     __slots__ = (
         "args",
         "autocast",
         "branch",
+        "deferred",
         "error",
+        "id",
         "key",
         "kwargs",
         "lane",
@@ -43,6 +58,8 @@ class Call:
 
     def __init__(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs
+        self.id = f"{lane.id}/{lane.num_calls}"
+        self.deferred = False
         self.branch: str | None = lane.branch
         self.autocast = _autocast_state(lane.device.type)
         self.key: Hashable = None
@@ -53,13 +70,16 @@ class Call:
 
 
 class Gate:
-    """Where lanes wait. A lane that has entered is either here, parked, or between two calls.
+    """Where lanes wait. A lane that has entered is either here, asleep, or between two calls.
 
     ``describe`` fills in a call's ``key`` and ``tokens``; it runs in the lane's thread, before the call is parked.
+    ``defers`` lets both guidance branches of a step wait here together.
     """
 
-    def __init__(self, describe: Callable[[Call], None]) -> None:
+    def __init__(self, describe: Callable[[Call], None], defers: bool = False) -> None:
         self._describe = describe
+        self._defers = defers
+        self._structures: dict[str, TreeSpec | None] = {}  # of each module's answers
         self._changed = threading.Condition()
         self._waiting: dict[str, Call] = {}
         self._lanes: set[str] = set()
@@ -76,17 +96,39 @@ class Gate:
         with self._changed:
             self._lanes.discard(lane.id)
             self._cancelled.discard(lane.id)
+            self._waiting = {call.id: call for call in self._waiting.values() if call.lane is not lane}
             self._changed.notify_all()
 
     def compute(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Park the call, sleep, and return what the engine computed; raises what the engine raised."""
+        """Park the call, sleep, and return what the engine computed; raises what the engine raised.
+
+        The first guidance branch of a step is not slept for (see :mod:`omni_ray.engine.deferred`).
+        """
         call = Call(lane, name, method, args, kwargs)
         self._describe(call)
+        spec = self._structures.get(name) if self._defers and lane.begins_a_guided_step(name, method) else None
+        call.deferred = spec is not None
+        lane.count_call(name, method)
         with self._changed:
             if lane.id in self._cancelled:
                 raise LaneCancelled(lane.id)
-            self._waiting[lane.id] = call
+            self._waiting[call.id] = call
             self._changed.notify_all()
+        if spec is not None:
+            return answer(spec, functools.partial(self._result, call))
+        result = self._result(call)
+        if self._defers and method == "forward":
+            self._structures[name] = structure(result)
+        return result
+
+    def _result(self, call: Call) -> Any:
+        """Sleep until the call is answered."""
+        if call.deferred and not call.wake.is_set():
+            with self._changed:
+                if call.lane.id in self._cancelled:
+                    raise LaneCancelled(call.lane.id)
+                call.deferred = False
+                self._changed.notify_all()
         call.wake.wait()
         if call.error is not None:
             raise call.error
@@ -98,10 +140,15 @@ class Gate:
         """Whether the lane still needs the device."""
         return lane_id in self._lanes
 
-    def take(self, lane_ids: tuple[str, ...]) -> list[Call]:
-        """The waiting calls of these lanes, in this order."""
+    def take(self, call_ids: tuple[str, ...]) -> list[Call]:
+        """These waiting calls, in this order. A rank that follows waits here for lanes that are behind.
+
+        :raises EngineFailed: a call does not come. The ranks are no longer in step then.
+        """
         with self._changed:
-            return [self._waiting[lane_id] for lane_id in lane_ids]
+            if not self._changed.wait_for(lambda: self._waiting.keys() >= set(call_ids), timeout=LATE_S):
+                raise EngineFailed(f"calls {sorted(set(call_ids) - self._waiting.keys())} did not come to the gate")
+            return [self._waiting[call_id] for call_id in call_ids]
 
     def settle(
         self,
@@ -110,19 +157,20 @@ class Gate:
         device_busy: Callable[[], bool],
         grace_s: float,
     ) -> list[Call]:
-        """Wait until it is time to decide, and return the calls that wait.
+        """Wait until it is time to decide, and return the calls of the lanes that sleep.
 
-        It is time when every lane is parked, when ``is_full`` says that the parked calls fill a forward, or when the
+        It is time when every lane sleeps, when ``is_full`` says that the parked calls fill a forward, or when the
         device has idled for ``grace_s`` while some lane was away. Nothing is returned if ``has_news`` says that
         something else is to be decided first.
         """
         idle_since: float | None = None
         with self._changed:
             while True:
-                calls = list(self._waiting.values())
+                asleep = {call.lane.id for call in self._waiting.values() if not call.deferred}
+                calls = [call for call in self._waiting.values() if call.lane.id in asleep]
                 if has_news():
                     return []
-                if len(calls) == len(self._lanes) or is_full(calls):
+                if len(asleep) == len(self._lanes) or is_full(calls):
                     return calls
                 now = time.perf_counter()
                 if device_busy():
@@ -148,20 +196,20 @@ class Gate:
         """Wake the lanes whose calls have their result or error."""
         with self._changed:
             for call in calls:
-                self._waiting.pop(call.lane.id, None)
+                self._waiting.pop(call.id, None)
         for call in calls:
             call.wake.set()
 
     def cancel(self, lane_id: str) -> None:
-        """Unwind the lane: at once if it is parked, else at its next call."""
+        """Unwind the lane: at once if it sleeps, else at its next call."""
         with self._changed:
             if lane_id not in self._lanes:
                 return
             self._cancelled.add(lane_id)
-            call = self._waiting.get(lane_id)
-        if call is not None:
+            calls = [call for call in self._waiting.values() if call.lane.id == lane_id]
+        for call in calls:
             call.error = LaneCancelled(lane_id)
-            self.release([call])
+        self.release(calls)
 
 
 class LaneCancelled(BaseException):

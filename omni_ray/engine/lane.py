@@ -33,13 +33,17 @@ _thread_pools = ThreadpoolController()
 
 
 class Lane:
-    """``branch`` is the guidance branch that the pipeline is in (``cond``, ``uncond``); the seconds are device time."""
+    """``branch`` is the guidance branch that the pipeline is in (``cond``, ``uncond``); the seconds are device time.
 
-    def __init__(self, job: Job, pipe: DiffusionPipeline, gate: Gate, lock: threading.RLock, emit: Emit) -> None:
+    ``emit`` is None on the ranks that follow: they compute all that the first one does, and tell nobody.
+    """
+
+    def __init__(self, job: Job, pipe: DiffusionPipeline, gate: Gate, lock: threading.RLock, emit: Emit | None) -> None:
         self.id = job.id
         self.job = job
         self.device = torch.device(pipe.device)
         self.branch: str | None = None
+        self.num_calls = 0
         self.step = 0
         self.num_steps = int(job.params.get("num_inference_steps", 1))
         self.steps_computed = 0
@@ -47,8 +51,10 @@ class Lane:
         self.device_s = 0.0
         self.created = time.perf_counter()
         self._reported_s = 0.0
+        self._branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
         self._gate = gate
-        self._emit = emit
+        self._emit = emit or _tell_nobody
+        self._follows = emit is None
         self._pipe = self._own(pipe, lock)
         self._thread = threading.Thread(target=self._run, name=f"lane-{job.id}", daemon=True)
 
@@ -58,6 +64,14 @@ class Lane:
 
     def join(self, timeout_s: float | None = None) -> None:
         self._thread.join(timeout_s)
+
+    def begins_a_guided_step(self, name: str, method: str) -> bool:
+        """Whether the call is the first of several that the transformer will get in this step, by the step before."""
+        return _is_denoising(name, method) and self._branches == 0 and self._branches_before > 1
+
+    def count_call(self, name: str, method: str) -> None:
+        self.num_calls += 1
+        self._branches += _is_denoising(name, method)
 
     def _own(self, pipe: DiffusionPipeline, lock: threading.RLock) -> DiffusionPipeline:
         """The lane's copy of the pipeline. Written to ``__dict__``: assignment would rewrite the shared config."""
@@ -89,6 +103,7 @@ class Lane:
     def _stepped(self, num_timesteps: int) -> None:
         self.step += 1
         self.steps_computed += 1
+        self._branches_before, self._branches = self._branches, 0
         self.num_steps = max(self.step, getattr(self._pipe, "_num_timesteps", None) or num_timesteps)
         seconds, self._reported_s = self.device_s - self._reported_s, self.device_s
         self._emit(StepEvent(job_id=self.id, step=self.step, num_steps=self.num_steps, seconds=seconds))
@@ -99,7 +114,7 @@ class Lane:
             with _one_openmp_thread():
                 output = self._call_pipeline()
             self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
-            for media in encode_outputs(output, self.job):
+            for media in () if self._follows else encode_outputs(output, self.job):
                 self._emit(media)
             self._emit(self._usage(started))
         except LaneCancelled:
@@ -139,6 +154,14 @@ class Lane:
         if isinstance(error, torch.OutOfMemoryError):
             return EngineFailed(f"out of device memory at step {self.step}: ask for a smaller size or fewer images")
         return EngineFailed(f"{type(self._pipe).__name__} failed at step {self.step}: {type(error).__name__}: {error}")
+
+
+def _is_denoising(name: str, method: str) -> bool:
+    return name.startswith("transformer") and method == "forward"
+
+
+def _tell_nobody(event: Event) -> None:
+    """Where a following rank's events go."""
 
 
 def _one_openmp_thread() -> AbstractContextManager[Any]:

@@ -1,18 +1,14 @@
 """The engine loop: the one thread that owns the device.
 
 Each turn it takes the calls that wait at the gate, decides (:class:`Turn`) which lanes start, which unwind and which
-are computed together, and carries the decision out. A turn is plain data, made in :meth:`EngineLoop.decide` and
-followed in :meth:`EngineLoop.execute`: what lies between the two, ``announce``, is where other ranks listen.
+are computed together, and carries the decision out. A turn is plain data, made in :meth:`EngineLoop.decide` on the
+first rank of a gang and followed in :meth:`EngineLoop.execute` on all of them; ``lockstep`` lies between the two.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +16,17 @@ import torch
 from omni_ray.config.spec import Batching
 from omni_ray.engine import batch
 from omni_ray.engine.clock import DeviceClock
+from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
 from omni_ray.engine.lane import Emit, Lane
+from omni_ray.engine.lockstep import Alone, Lockstep, Turn
 from omni_ray.errors import Cancelled
 from omni_ray.messages import Failure, Job
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-logger = logging.getLogger(__name__)
+    from omni_ray.engine.exchange import Exchange
 
 GRACE_S = 0.01
 """How long the device may idle for lanes that are between two calls, so that they share the next forward."""
@@ -37,33 +35,29 @@ SLACK_FACTOR = 3.0
 """A request should end within this many times the seconds that it would take alone (the usual SLO for diffusion)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One decision of the loop: jobs that become lanes, lanes that unwind, lanes whose calls share the next forward."""
-
-    admit: tuple[Job, ...]
-    cancel: tuple[str, ...]
-    run: tuple[str, ...]
-
-
 class EngineLoop:
     """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, batching: Batching, announce: Callable[[Turn], None] = lambda turn: None
+        self,
+        pipe: DiffusionPipeline,
+        batching: Batching,
+        lockstep: Alone | Lockstep | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._pipe = pipe
         self._batching = batching
-        self._announce = announce
-        self._gate = Gate(self._describe)
+        self._lockstep = lockstep or Alone()
+        self._num_parts = exchange.size if exchange else 1
+        self._gate = Gate(self._describe, defers=self._num_parts > 1)
         self._clock = DeviceClock(torch.device(pipe.device))
+        self._forward = Forward(pipe, self._clock, exchange)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()
         self._inbox: list[tuple[Job, Emit]] = []
         self._cancelled: list[str] = []
         self._emits: dict[str, Emit] = {}
         self._lanes: dict[str, Lane] = {}
-        self._alone: set[tuple[str, str]] = set()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -78,6 +72,10 @@ class EngineLoop:
             self._stopping = True
             self._cancelled.extend(self._lanes)
         self._gate.nudge()
+        self._thread.join()
+
+    def join(self) -> None:
+        """Wait for the end: on a rank that follows, until the first one stops."""
         self._thread.join()
 
     def submit(self, job: Job, emit: Emit) -> None:
@@ -97,27 +95,42 @@ class EngineLoop:
     # -- the loop's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not (self._stopping and not self._lanes):
-            turn = self.decide()
-            self._announce(turn)
+        stop = False
+        while not stop:
+            turn = self._lockstep.agree(self.decide)
             self.execute(turn)
-            if not (turn.run or turn.admit or turn.cancel):
+            stop = turn.stop
+            if not turn and self._lockstep.leads:
                 self._gate.wait(self._has_news, timeout_s=0.05)
 
     def decide(self) -> Turn:
         """Make the next turn from what waits in the inbox and at the gate."""
-        self._lanes = {lane_id: lane for lane_id, lane in self._lanes.items() if self._gate.has(lane_id)}
+        self._forget_ended()
         with self._inbox_lock:
             cancel, self._cancelled = tuple(self._cancelled), []
             self._drop_queued(cancel)
             num_free = self._batching.max_num_seqs - len(self._lanes)
             admitted, self._inbox = self._inbox[:num_free], self._inbox[num_free:]
             self._emits.update({job.id: emit for job, emit in admitted})
-        run: list[Call] = []
+        run: list[list[Call]] = []
         if not admitted and not cancel:
-            calls = self._gate.settle(self._is_full, self._has_news, self._clock.busy, GRACE_S)
-            run = batch.choose(calls, self._slack_s, self._budget) if calls else []
-        return Turn(admit=tuple(job for job, _ in admitted), cancel=cancel, run=tuple(call.lane.id for call in run))
+            run = self._choose(self._gate.settle(self._is_full, self._has_news, self._clock.busy, GRACE_S))
+        return Turn(
+            admit=tuple(job for job, _ in admitted),
+            cancel=cancel,
+            run=tuple(tuple(call.id for call in share) for share in run),
+            stop=self._stopping and not self._lanes,
+        )
+
+    def _choose(self, calls: list[Call]) -> list[list[Call]]:
+        """The calls to compute next, in a share for each part of the cfg axis."""
+        if not calls:
+            return []
+        chosen = batch.choose(calls, self._slack_s, self._budget * self._num_parts)
+        return batch.share_out(chosen, calls, self._slack_s, self._num_parts)
+
+    def _forget_ended(self) -> None:
+        self._lanes = {lane_id: lane for lane_id, lane in self._lanes.items() if self._gate.has(lane_id)}
 
     def _drop_queued(self, cancelled: tuple[str, ...]) -> None:
         for job, emit in self._inbox:
@@ -127,13 +140,15 @@ class EngineLoop:
 
     def execute(self, turn: Turn) -> None:
         """Carry out a turn: the same on every rank."""
+        self._forget_ended()
         for job in turn.admit:
-            lane = self._lanes[job.id] = Lane(job, self._pipe, self._gate, self._helper_lock, self._emits.pop(job.id))
+            emit = self._emits.pop(job.id, None)
+            lane = self._lanes[job.id] = Lane(job, self._pipe, self._gate, self._helper_lock, emit)
             lane.start()
         for job_id in turn.cancel:
             self._gate.cancel(job_id)
         if turn.run:
-            self._compute(self._gate.take(turn.run))
+            self._gate.release(self._forward.compute([self._gate.take(share) for share in turn.run]))
 
     @property
     def _budget(self) -> int:
@@ -141,7 +156,7 @@ class EngineLoop:
 
     def _describe(self, call: Call) -> None:
         call.tokens = batch.num_tokens(call, self._patch_size(call.name))
-        call.key = (call.lane.id,) if (call.name, call.method) in self._alone else batch.signature(call)
+        call.key = (call.lane.id,) if (call.name, call.method) in self._forward.alone else batch.signature(call)
 
     def _patch_size(self, name: str) -> int:
         """Latent pixels along one edge of a token. Transformers that take latents as pictures patch them themselves."""
@@ -165,47 +180,3 @@ class EngineLoop:
         left_s = per_step_s * max(lane.num_steps - lane.step, 1)
         deadline = lane.created + SLACK_FACTOR * per_step_s * max(lane.num_steps, 1)
         return deadline - time.perf_counter() - left_s
-
-    def _compute(self, calls: list[Call]) -> None:
-        try:
-            output = self._forward(calls, *batch.join(calls))
-            for call, result in zip(calls, batch.split(output, calls), strict=True):
-                call.result = result
-        except batch.Unsplittable as reason:
-            logger.warning(
-                "%s.%s is computed one request at a time: its answer has %s", calls[0].name, calls[0].method, reason
-            )
-            self._alone.add((calls[0].name, calls[0].method))
-            self._compute_each(calls)
-            return
-        except torch.OutOfMemoryError as error:
-            if len(calls) > 1:
-                logger.warning(
-                    "no memory for %d requests in one forward, so each is computed alone; "
-                    "lower batching.max_num_batched_tokens",
-                    len(calls),
-                )
-                self._compute_each(calls)
-                return
-            calls[0].error = error
-        except Exception as error:  # the lanes whose forward it was fail; the others go on
-            for call in calls:
-                call.error = error
-        self._gate.release(calls)
-
-    def _compute_each(self, calls: list[Call]) -> None:
-        for call in calls:
-            self._compute([call])
-
-    def _forward(self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first = calls[0]
-        module = getattr(self._pipe, first.name)
-        compute = module if first.method == "forward" else getattr(module, first.method)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if first.autocast is not None:
-                stack.enter_context(torch.autocast(first.autocast[0], first.autocast[1]))
-            if first.branch is not None and hasattr(module, "cache_context"):
-                stack.enter_context(module.cache_context(first.branch))
-            stack.enter_context(self._clock.measure(calls))
-            return compute(*args, **kwargs)

@@ -11,28 +11,55 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from omni_ray.config.spec import DitGroup
 from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, Usage
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from omni_ray.engine.exchange import Exchange
+    from omni_ray.engine.lockstep import Lockstep
     from omni_ray.engine.loop import EngineLoop
 
 Report = Callable[..., None]
+Address = tuple[str, int]
 
 
 class Rank:
-    """Rank ``index`` of a gang. Its methods are called through Ray by the replica that owns the gang."""
+    """Rank ``index`` of a gang. Its methods are called through Ray by the replica that owns the gang.
+
+    The first rank decides and answers; the others follow it (``lockstep``).
+    """
 
     def __init__(self, group: DitGroup, source: str, index: int, replica_id: str) -> None:
         self._group = group
         self._source = source
         self._index = index
         self._replica_id = replica_id
+        self._store: TCPStore | None = None
         self._loop: EngineLoop | None = None
         self._capabilities: Capabilities | None = None
 
-    async def load(self) -> AsyncIterator[LoadProgress | Capabilities]:
-        """Load and prepare the pipeline. Yields progress, and last what the pipeline accepts."""
+    async def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def meet(self) -> Address:
+        """Open the store where the ranks of the gang meet. Only called on the first."""
+        from omni_ray.engine import world
+
+        host = ray.util.get_node_ip_address()
+        self._store, port = world.open_store(host)
+        return host, port
+
+    async def load(self, address: Address | None) -> AsyncIterator[LoadProgress | Capabilities]:
+        """Meet the other ranks at ``address`` if there are any, load and prepare the pipeline.
+
+        Yields progress, and last what the pipeline accepts.
+        """
         progress: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
         main = asyncio.get_running_loop()
 
@@ -50,7 +77,7 @@ class Rank:
         # A thread that ends takes its OpenMP pool along; beside a second pool, the loop's would sleep between any two
         # loops of a kernel, as there would be more threads than cores.
         loader = ThreadPoolExecutor(max_workers=1)
-        loading = main.run_in_executor(loader, self._load, report)
+        loading = main.run_in_executor(loader, self._load, report, address)
         loader.shutdown(wait=False)
         loading.add_done_callback(lambda _: progress.put_nowait(None))
         while (step := await progress.get()) is not None:
@@ -58,13 +85,12 @@ class Rank:
         self._capabilities = await loading
         yield self._capabilities
 
-    def _load(self, report: Report) -> Capabilities:
+    def _load(self, report: Report, address: Address | None) -> Capabilities:
         import torch  # here, since the process that owns the gang imports this module and needs no torch
 
-        from omni_ray.accel.attention import apply_attention
         from omni_ray.accel.capabilities import read_capabilities
-        from omni_ray.accel.compile import apply_compile
         from omni_ray.accel.loader import load_pipeline, resolve
+        from omni_ray.engine.lockstep import Alone
         from omni_ray.engine.loop import EngineLoop
 
         group = self._group
@@ -72,21 +98,44 @@ class Rank:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(group.memory.gpu_memory_utilization)
         else:
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.parallel.num_ranks))
+        lockstep = Alone() if address is None else self._meet_the_others(address, device)
         folder = resolve(self._source)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
         pipe = load_pipeline(
             folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen)
         )
-        apply_attention(pipe, group.attention)
-        apply_compile(pipe, group.compile)
+        exchange = self._accelerate(pipe, device.type)
         capabilities = read_capabilities(pipe, folder, group)
-        self._loop = EngineLoop(pipe, group.batching)
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange)
         self._loop.start()
-        if group.compile.mode != "none":
+        if group.compile.mode != "none" and lockstep.leads:
             report("compiling")
             self._warm_up(capabilities)
         return capabilities
+
+    def _meet_the_others(self, address: Address, device: torch.device) -> Lockstep:
+        from omni_ray.engine import world
+        from omni_ray.engine.lockstep import Lockstep
+
+        world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
+        return Lockstep()
+
+    def _accelerate(self, pipe: DiffusionPipeline, device_type: str) -> Exchange | None:
+        """Apply the accelerators, in the one order in which they work together. The exchange is the cfg axis's."""
+        from omni_ray.accel.attention import apply_attention
+        from omni_ray.accel.compile import apply_compile
+        from omni_ray.accel.parallel import apply_parallel, build_mesh
+        from omni_ray.engine.exchange import Exchange
+
+        group, exchange = self._group, None
+        apply_attention(pipe, group.attention)
+        if group.parallel.num_ranks > 1:
+            mesh = build_mesh(group.parallel, device_type)
+            apply_parallel(pipe, group.parallel, mesh)
+            exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+        apply_compile(pipe, group.compile)
+        return exchange
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""
@@ -136,6 +185,9 @@ class Rank:
         self._engine.cancel(job_id)
 
     async def join(self) -> None:
-        """Return when the engine loop ends. It does not by itself: a call that waits here ends with the rank."""
+        """Return when the engine loop ends: after an error, or with the process."""
         while self._loop is None or self._loop.alive():
             await asyncio.sleep(0.5)
+
+    async def ping(self) -> None:
+        """Answered as long as the process is alive and not stuck."""

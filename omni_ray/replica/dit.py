@@ -24,6 +24,7 @@ class Gang(Protocol):
     def load(self) -> AsyncIterator[LoadProgress | Capabilities]: ...
     def run(self, job: Job) -> AsyncIterator[Event]: ...
     async def join(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 class DitReplica:
@@ -61,8 +62,9 @@ class DitReplica:
         """A gang that lost a rank is gone: end the process at once, so that Serve starts a new replica."""
         try:
             await self._gang.join()
-        except RayActorError as error:
+        except (RayActorError, Unavailable) as error:
             logger.error("%s: lost a rank, this replica ends: %s", self._group.id, error)
+        self._gang.kill()
         os._exit(1)
 
     async def describe(self) -> Capabilities:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from omni_ray.config.spec import Batching
+from omni_ray.engine.lockstep import Alone, Turn
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import Cancelled
 from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
@@ -45,14 +46,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load
 
 
+class Counted(Alone):
+    """Notes how many calls each forward joined."""
+
+    def __init__(self) -> None:
+        self.forwards: list[int] = []
+
+    def agree(self, decide: Callable[[], Turn]) -> Turn:
+        turn = decide()
+        if turn.run:
+            self.forwards += [len(share) for share in turn.run]
+        return turn
+
+
 class Engine:
     """A running loop whose events are collected per job."""
 
     def __init__(self, pipe: DiffusionPipeline, batching: Batching) -> None:
-        self.forwards: list[int] = []
-        self.loop = EngineLoop(
-            pipe, batching, announce=lambda turn: self.forwards.append(len(turn.run)) if turn.run else None
-        )
+        lockstep = Counted()
+        self.forwards = lockstep.forwards
+        self.loop = EngineLoop(pipe, batching, lockstep)
         self.events: dict[str, queue.SimpleQueue[Event]] = {}
         self.loop.start()
 

@@ -1,0 +1,131 @@
+"""One CPU rank of a gang, without Ray: ``python -m tests.ranks INDEX SIZE PORT CASES RESULTS``.
+
+For each case (family, parallel degrees) the ranks run six requests of mixed sizes and step counts side by side, one of
+them cancelled midway. The first rank writes how far each image is from the one that a single rank makes.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from omni_ray.accel.parallel import apply_parallel, build_mesh
+from omni_ray.config.spec import Batching, DitParallel
+from omni_ray.engine import lane, world
+from omni_ray.engine.exchange import Exchange
+from omni_ray.engine.lockstep import Lockstep
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.errors import Cancelled
+from omni_ray.messages import Failure, Job, StepEvent, Usage
+from tests.tiny_dit import build
+
+MIXED = [("a red circle", 64, 64, 4), ("a blue house by the sea", 64, 96, 6), ("a tree", 96, 64, 3)]
+MIXED += [("two yellow birds", 64, 64, 5), ("a ship", 64, 96, 4)]
+
+
+def jobs_of(family: str) -> list[Job]:
+    """Five requests that end, and a sixth that would take long."""
+    own: dict[str, Any] = {"output_type": "np"}
+    own |= {"num_frames": 5} if family.startswith("wan") else {}
+    own |= {"negative_prompt": "dull"} if family in ("qwen_image", "wan", "sd3", "z_image") else {}
+    own |= {"true_cfg_scale": 2.0} if family == "qwen_image" else {}
+    requests = [*MIXED, ("never done", 64, 64, 150)]
+    return [
+        Job(
+            id=f"{family}-{i}",
+            model="m",
+            group="m",
+            params={"prompt": prompt, "height": height, "width": width, "num_inference_steps": steps, **own},
+            seed=i,
+        )
+        for i, (prompt, height, width, steps) in enumerate(requests)
+    ]
+
+
+def pixels(output: Any) -> Any:
+    return np.asarray(output.images if hasattr(output, "images") else output.frames, dtype=np.float64)
+
+
+def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) -> dict[str, Any]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    jobs, wanted, made = jobs_of(family), {}, {}
+    for job in jobs[:-1] if leads else []:
+        wanted[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
+    parallel = DitParallel(**degrees)
+    mesh = build_mesh(parallel, "cpu")
+    apply_parallel(pipe, parallel, mesh)
+    exchange = Exchange(mesh) if parallel.cfg > 1 else None
+    lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
+    loop = EngineLoop(pipe, Batching(max_num_seqs=6), Lockstep(), exchange)
+    loop.start()
+    if not leads:
+        loop.join()
+        return {}
+    ended = {job.id: _follow(loop, job, cancel_after=2 if job is jobs[-1] else None) for job in jobs}
+    last = {job_id: events.get(timeout=120) for job_id, events in ended.items()}
+    loop.stop()
+    failed = [str(e.error) for e in last.values() if isinstance(e, Failure) and not isinstance(e.error, Cancelled)]
+    cancelled = [i for i, e in last.items() if isinstance(e, Failure) and isinstance(e.error, Cancelled)]
+    error = max((float(np.abs(made[i] - wanted[i]).max()) for i in wanted if i in made), default=None)
+    return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made)}
+
+
+def _follow(loop: EngineLoop, job: Job, cancel_after: int | None) -> queue.SimpleQueue[Any]:
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def emit(event: Any) -> None:
+        if isinstance(event, StepEvent) and event.step == cancel_after:
+            loop.cancel(job.id)
+        if isinstance(event, (Usage, Failure)):
+            ended.put(event)
+
+    loop.submit(job, emit)
+    return ended
+
+
+def run_ranks(size: int, cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, Any]]:
+    """Run the cases on ``size`` ranks and return the first rank's results, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family in {family for family, _ in cases}:
+            build(family, Path(folder, family))
+        results = Path(folder, "results.json")
+        store, port = world.open_store("127.0.0.1")
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks", str(i), str(size), str(port), json.dumps(cases), str(results)]
+            )
+            for i in range(size)
+        ]
+        try:
+            codes = [rank.wait(timeout=400) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        del store
+        assert codes == [0] * size
+        return list(json.loads(results.read_text()))
+
+
+def main() -> None:
+    index, size, port, cases, results = sys.argv[1:]
+    torch.set_num_threads(1)
+    world.join(int(index), int(size), "127.0.0.1", int(port), torch.device("cpu"), None)
+    rows = [
+        run_case(family, degrees, Path(results).parent / family, index == "0") for family, degrees in json.loads(cases)
+    ]
+    if index == "0":
+        Path(results).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
