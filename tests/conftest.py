@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -40,14 +41,14 @@ class Server:
             time.sleep(0.5)
         pytest.fail(f"the server is not ready after {timeout_s} s:\n{self.log.read_text()[-6000:]}")
 
-    def find(self, title: str) -> psutil.Process:
-        """The one process of this server whose title begins with ``title``, such as ``ray::Rank``."""
+    def find(self, title: str, num: int = 1) -> list[psutil.Process]:
+        """The ``num`` processes of this server whose titles begin with ``title``, such as ``ray::Rank``."""
         deadline = time.monotonic() + 10
         while True:
             everything = psutil.Process(self.process.pid).children(recursive=True)
             found = [process for process in everything if _title(process).startswith(title)]
-            if len(found) == 1:
-                return found[0]
+            if len(found) == num:
+                return found
             assert time.monotonic() < deadline, (title, found)
             time.sleep(0.2)
 
@@ -59,14 +60,13 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`omni-ray serve deployments/omni.yaml` on a free port."""
+@contextlib.contextmanager
+def serving(file: Path, log: Path) -> Iterator[Server]:
+    """`omni-ray serve FILE` on a free port, ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "omni_ray.cli", "serve", str(ROOT / "deployments/omni.yaml"), "--port", str(port)]
+    command = [sys.executable, "-m", "omni_ray.cli", "serve", str(file), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
@@ -86,3 +86,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`omni-ray serve deployments/omni.yaml`."""
+    with serving(ROOT / "deployments/omni.yaml", tmp_path_factory.mktemp("server") / "log") as running:
+        yield running

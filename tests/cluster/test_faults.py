@@ -45,7 +45,7 @@ def test_a_killed_process(server: Server, victim: str) -> None:
             for kind, requests in {"chats": CHATS, "streams": STREAMS, "drawings": DRAWINGS}.items()
         }
         time.sleep(1.5)
-        server.find(victim).kill()
+        server.find(victim)[0].kill()
         ended = {kind: [each.result() for each in futures] for kind, futures in running.items()}
     assert set(ended["chats"]) == {"answer"}
     assert set(ended["drawings"]) == {"answer"}
