@@ -60,6 +60,17 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def num_placement_groups() -> int:
+    """Placement groups of the running cluster that hold or want resources."""
+    script = (
+        "import ray; from ray.util import placement_group_table as table; "
+        "ray.init(address='auto', log_to_driver=False); "
+        "print(sum(group['state'] != 'REMOVED' for group in table().values()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, timeout=60)
+    return int(ran.stdout.split()[-1])
+
+
 @contextlib.contextmanager
 def serving(file: Path, log: Path) -> Iterator[Server]:
     """`omni-ray serve FILE` on a free port, ready."""

@@ -7,8 +7,6 @@ import concurrent.futures
 import io
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -19,7 +17,7 @@ from PIL import Image
 
 from omni_ray.demo import scenes
 from omni_ray.demo.check import reasons
-from tests.conftest import Server, serving
+from tests.conftest import Server, num_placement_groups, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -49,17 +47,6 @@ def draw(server: Server, seed: int) -> Image.Image:
     reply = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=300)
     assert reply.status_code == 200, reply.text
     return Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"])))
-
-
-def num_placement_groups() -> int:
-    """Placement groups of the running cluster that hold or want resources."""
-    script = (
-        "import ray; from ray.util import placement_group_table as table; "
-        "ray.init(address='auto', log_to_driver=False); "
-        "print(sum(group['state'] != 'REMOVED' for group in table().values()))"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, timeout=60)
-    return int(ran.stdout.split()[-1])
 
 
 def test_two_ranks_draw_one_picture(gang: Server) -> None:
