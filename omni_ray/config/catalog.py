@@ -1,7 +1,8 @@
 """Which transformers can be spread over which axes, and how, as plain data that needs no torch to read.
 
-A name with one ``*`` means every block of a list, as in diffusers' own plans. Where a plan is `None`, diffusers has one
-on the class (``_cp_plan``, ``_tp_plan``), and that one is used.
+Paths name modules inside a transformer: ``*`` is every module of a list, ``-1`` the last one, and a path that ends in
+``?`` may lack in some blocks or checkpoints. Where a plan is `None`, diffusers has one on the class (``_cp_plan``,
+``_tp_plan``), and that one is used.
 """
 
 from __future__ import annotations
@@ -17,35 +18,47 @@ Axis = Literal["tensor", "ulysses", "ring"]
 
 @dataclass(frozen=True)
 class Split:
-    """A tensor whose dimension ``dim`` is the sequence; each rank takes its part of it."""
+    """A tensor of ``ndim`` dimensions whose dimension ``dim`` is the sequence; each rank takes its part of it."""
 
     dim: int
     ndim: int
+    stream: str = ""
+    """What the sequence is called in `SequencePlan.attention`; an argument's own name where this is empty."""
+    tail: str = ""
+    """An argument that says how many tokens at the end are the stream; those before them are ``history``."""
+    optional: bool = False
+    """Has a sequence in some checkpoints only; it is left alone when it has another number of dimensions."""
 
 
 @dataclass(frozen=True)
 class SequencePlan:
     """Where a forward is cut into sequence shards, where they are joined, and what each attention reads.
 
-    ``attention`` names, per attention module, the split arguments that it joins, in that order. With them, the padding
-    that makes a length a multiple of the ranks is known to the attention, which leaves it out.
+    ``attention`` names, per attention module, the streams that it joins, in that order. With them, the padding that
+    makes a length a multiple of the ranks is known to the attention, which leaves it out.
     """
 
     attention: Mapping[str, tuple[str, ...]]
+    processors: tuple[str, ...]
+    """Classes of the attention processors that can run on shards."""
     inputs: Mapping[str, Mapping[str, Split]] | None = None
     outputs: Mapping[str, Mapping[int, Split]] = field(default_factory=dict)
-    gather: Mapping[str, int] = field(default_factory=dict)
-    optional: frozenset[str] = frozenset()
-    """Arguments that have a sequence in some checkpoints only: they are split when they have the split's rank."""
+    gather: Mapping[str, str] = field(default_factory=dict)
+    """Modules whose output, (batch, tokens, channels), is joined again, and the stream that it is."""
+    lengths: Mapping[str, str] = field(default_factory=dict)
+    """Modules with an argument that counts tokens of ``hidden_states``: they get the count of the shard."""
+
+
+Style = Literal["colwise", "rowwise"]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """Which Linears each rank holds a part of: ``colwise`` a part of the outputs, ``rowwise`` of the inputs."""
 
-    linears: Mapping[str, Literal["colwise", "rowwise"]] | None = None
+    linears: Mapping[str, Style] | None = None
     norms: tuple[str, ...] = ()
-    """RMS norms over all heads together: the sum of squares is summed over the ranks."""
+    """RMS norms over all heads together: their sum of squares is summed over the ranks."""
     divide_heads: tuple[str, ...] = ()
     """Attention modules whose processor takes the number of heads from ``heads``: each rank's own."""
 
@@ -55,7 +68,7 @@ class Family:
     """A transformer class of diffusers."""
 
     transformer: str
-    heads: str
+    heads: str = "num_attention_heads"
     """The key of its config that holds the number of attention heads."""
     sequence: SequencePlan | None = None
     tensor: TensorPlan | None = None
@@ -67,30 +80,154 @@ class Family:
         return tensor + sequence
 
 
-_TEXT_THEN_IMAGE = ("encoder_hidden_states", "hidden_states")
+TEXT_IMAGE = ("encoder_hidden_states", "hidden_states")
+SELF = ("hidden_states",)
 
-FAMILIES: dict[str, Family] = {
-    family.transformer: family
-    for family in (
-        Family(
-            "FluxTransformer2DModel",
-            heads="num_attention_heads",
-            sequence=SequencePlan(
-                {
-                    "transformer_blocks.*.attn": _TEXT_THEN_IMAGE,
-                    "single_transformer_blocks.*.attn": _TEXT_THEN_IMAGE,
-                }
-            ),
-            tensor=TensorPlan(),
+
+def _attention(path: str, *, added: str = "") -> dict[str, Style]:
+    """The Linears of an attention; ``added`` is ``?`` or empty for those of a second stream, as in `Split`."""
+    linears: dict[str, Style] = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v")}
+    linears[f"{path}.to_out.0"] = "rowwise"
+    return linears
+
+
+def _mlp(path: str, optional: str = "") -> dict[str, Style]:
+    """The Linears of diffusers' FeedForward."""
+    return {f"{path}.net.0.proj{optional}": "colwise", f"{path}.net.2{optional}": "rowwise"}
+
+
+def _z_image_block(layers: str) -> dict[str, Style]:
+    feed_forward: dict[str, Style] = {f"{layers}.feed_forward.{name}": "colwise" for name in ("w1", "w3")}
+    return _attention(f"{layers}.attention") | feed_forward | {f"{layers}.feed_forward.w2": "rowwise"}
+
+
+FLUX = Family(
+    "FluxTransformer2DModel",
+    sequence=SequencePlan(
+        {"transformer_blocks.*.attn": TEXT_IMAGE, "single_transformer_blocks.*.attn": TEXT_IMAGE},
+        processors=("FluxAttnProcessor",),
+    ),
+    tensor=TensorPlan(),
+)
+
+FLUX2 = Family(
+    "Flux2Transformer2DModel",
+    sequence=SequencePlan(
+        {"transformer_blocks.*.attn": TEXT_IMAGE, "single_transformer_blocks.*.attn": TEXT_IMAGE},
+        processors=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+    ),
+    tensor=TensorPlan(),
+)
+
+QWEN_IMAGE = Family(
+    "QwenImageTransformer2DModel",
+    sequence=SequencePlan(
+        {"transformer_blocks.*.attn": TEXT_IMAGE},
+        processors=("QwenDoubleStreamAttnProcessor2_0",),
+    ),
+    tensor=TensorPlan(),
+)
+
+_Z_IMAGE_LAYERS = ("noise_refiner", "context_refiner", "layers")
+
+Z_IMAGE = Family(
+    "ZImageTransformer2DModel",
+    heads="n_heads",
+    sequence=SequencePlan(
+        {f"{layers}.*.attention": ("x",) for layers in _Z_IMAGE_LAYERS},
+        processors=("ZSingleStreamAttnProcessor",),
+        inputs={
+            **{
+                f"{layers}.*": {"attn_mask": Split(1, 2), "freqs_cis": Split(1, 3), "noise_mask": Split(1, 2)}
+                for layers in _Z_IMAGE_LAYERS
+            },
+            **{f"{layers}.0": {"x": Split(1, 3)} for layers in _Z_IMAGE_LAYERS},
+            "all_final_layer.*": {"noise_mask": Split(1, 2)},
+        },
+        gather={"noise_refiner.-1": "x", "context_refiner.-1": "x", "all_final_layer.*": "x"},
+    ),
+    tensor=TensorPlan(
+        linears={k: v for layers in _Z_IMAGE_LAYERS for k, v in _z_image_block(f"{layers}.*").items()},
+        divide_heads=tuple(f"{layers}.*.attention" for layers in _Z_IMAGE_LAYERS),
+    ),
+)
+
+SD3 = Family(
+    "SD3Transformer2DModel",
+    sequence=SequencePlan(
+        {
+            "transformer_blocks.*.attn": ("hidden_states", "encoder_hidden_states"),
+            "transformer_blocks.*.attn2?": SELF,
+        },
+        processors=("JointAttnProcessor2_0",),
+        inputs={},
+        # At what feeds the first block, not at the block: skip-layer guidance may leave that out.
+        outputs={
+            "pos_embed": {0: Split(1, 3, stream="hidden_states")},
+            "context_embedder": {0: Split(1, 3, stream="encoder_hidden_states")},
+        },
+        gather={"proj_out": "hidden_states"},
+    ),
+    tensor=TensorPlan(
+        linears={
+            **_attention("transformer_blocks.*.attn"),
+            **{f"transformer_blocks.*.attn.add_{name}_proj": "colwise" for name in "qkv"},
+            "transformer_blocks.*.attn.to_add_out?": "rowwise",
+            **{f"transformer_blocks.*.attn2.{name}?": "colwise" for name in ("to_q", "to_k", "to_v")},
+            "transformer_blocks.*.attn2.to_out.0?": "rowwise",
+            **_mlp("transformer_blocks.*.ff"),
+            **_mlp("transformer_blocks.*.ff_context", "?"),
+        },
+        divide_heads=("transformer_blocks.*.attn", "transformer_blocks.*.attn2?"),
+    ),
+)
+
+WAN = Family(
+    "WanTransformer3DModel",
+    sequence=SequencePlan(
+        {"blocks.*.attn1": SELF},
+        processors=("WanAttnProcessor",),
+        inputs={"": {"timestep": Split(1, 2, optional=True)}, "blocks.0": {"hidden_states": Split(1, 3)}},
+        outputs={"rope": {0: Split(1, 4), 1: Split(1, 4)}},
+        gather={"proj_out": "hidden_states"},
+    ),
+    tensor=TensorPlan(
+        linears={
+            **_attention("blocks.*.attn1"),
+            **_attention("blocks.*.attn2"),
+            "blocks.*.attn2.add_k_proj?": "colwise",
+            "blocks.*.attn2.add_v_proj?": "colwise",
+            **_mlp("blocks.*.ffn"),
+        },
+        norms=(
+            "blocks.*.attn1.norm_q",
+            "blocks.*.attn1.norm_k",
+            "blocks.*.attn2.norm_q",
+            "blocks.*.attn2.norm_k",
+            "blocks.*.attn2.norm_added_k?",
         ),
-        Family(
-            "QwenImageTransformer2DModel",
-            heads="num_attention_heads",
-            sequence=SequencePlan({"transformer_blocks.*.attn": _TEXT_THEN_IMAGE}),
-            tensor=TensorPlan(),
-        ),
-    )
-}
+        divide_heads=("blocks.*.attn1", "blocks.*.attn2"),
+    ),
+)
+
+_HELIOS_TAIL = "original_context_length"
+
+HELIOS = Family(
+    "HeliosTransformer3DModel",
+    sequence=SequencePlan(
+        {"blocks.*.attn1": ("history", "hidden_states")},
+        processors=("HeliosAttnProcessor",),
+        inputs={
+            "blocks.*": {"temb": Split(1, 4, tail=_HELIOS_TAIL), "rotary_emb": Split(1, 3, tail=_HELIOS_TAIL)},
+            "blocks.0": {"hidden_states": Split(1, 3, tail=_HELIOS_TAIL)},
+            "norm_out": {"temb": Split(1, 3, tail=_HELIOS_TAIL)},
+        },
+        gather={"proj_out": "hidden_states"},
+        lengths={"blocks.*": _HELIOS_TAIL, "norm_out": _HELIOS_TAIL},
+    ),
+)
+
+FAMILIES = {family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)}
 
 
 def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel) -> list[str]:
@@ -114,7 +251,7 @@ def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel)
     if heads % parts:
         return [
             f"parallel: tensor {parallel.tensor} x ulysses {parallel.ulysses} need the {heads} attention heads of "
-            f"{transformer} to be a multiple of {parts}; the largest product that divides them is "
+            f"{transformer} to be a multiple of {parts}; the largest product below that divides them is "
             f"{max(n for n in range(1, parts) if heads % n == 0)}"
         ]
     return []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from omni_ray.config.spec import DitParallel
 from omni_ray.errors import ConfigError
+
+# The newer name of the same function; PyTorch before 2.13 has the older one only.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 DIMS = ("cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor-parallel ranks talk most, so they are neighbours."""
@@ -61,7 +66,7 @@ class Ranks:
             return x
         first = x.movedim(dim, 0).contiguous()
         out = first.new_empty(self.size * first.shape[0], *first.shape[1:])
-        dist.all_gather_into_tensor(out, first, group=self.group)
+        _all_gather(out, first, group=self.group)
         return out.movedim(0, dim)
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:

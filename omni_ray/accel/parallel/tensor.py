@@ -13,12 +13,13 @@ from diffusers.hooks.tensor_parallel import _local_shard, resolve_tp_shard_specs
 from torch.distributed.device_mesh import DeviceMesh
 
 from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.accel.parallel.paths import expand
 from omni_ray.config.catalog import TensorPlan
 from omni_ray.errors import ConfigError
 
 
 class RowwiseLinear(torch.nn.Linear):
-    """A Linear whose inputs are spread over the ranks: their sums are summed, then the bias is added, once."""
+    """A Linear whose inputs are spread over the ranks: the ranks' outputs are summed, then the bias is added, once."""
 
     ranks: Ranks
 
@@ -27,9 +28,25 @@ class RowwiseLinear(torch.nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+class ShardedRMSNorm(torch.nn.RMSNorm):
+    """An RMSNorm whose last dimension is spread over the ranks: the mean of squares is that of the whole."""
+
+    ranks: Ranks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = x.shape[-1] * self.ranks.size
+        wide = x.float()
+        squares = self.ranks.sum(wide.square().sum(-1, keepdim=True))
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        out = wide * torch.rsqrt(squares / whole + eps)
+        return (out if self.weight is None else out * self.weight).to(x.dtype)
+
+
 def shard_specs(transformer: Any, plan: TensorPlan, degree: int) -> dict[str, Any]:
     """Per parameter, the dimension to cut and its blocks; ConfigError where one does not divide. Changes nothing."""
-    linears = transformer._tp_plan if plan.linears is None else plan.linears
+    linears: dict[str, Any] = transformer._tp_plan
+    if plan.linears is not None:
+        linears = {name: style for path, style in plan.linears.items() for name in expand(transformer, path)}
     try:
         return dict(resolve_tp_shard_specs(transformer, linears, degree))
     except ValueError as error:
@@ -43,11 +60,22 @@ def apply_tensor(transformer: Any, plan: TensorPlan, mesh: DeviceMesh) -> None:
         path, _, key = name.rpartition(".")
         linear = transformer.get_submodule(path)
         if spec.dim is not None:
-            whole = getattr(linear, key)
-            part = _local_shard(whole.detach(), spec.dim, spec.block_sizes, mesh).clone()
-            setattr(linear, key, torch.nn.Parameter(part, requires_grad=whole.requires_grad))
+            _cut(linear, key, _local_shard(getattr(linear, key).detach(), spec.dim, spec.block_sizes, mesh))
         if key == "weight":
             linear.out_features, linear.in_features = linear.weight.shape
             if spec.dim == 1:
-                linear.__class__ = RowwiseLinear
-                linear.ranks = ranks
+                linear.__class__, linear.ranks = RowwiseLinear, ranks
+    for path in plan.norms:
+        for norm in expand(transformer, path).values():
+            if norm.weight is not None:
+                _cut(norm, "weight", norm.weight.detach().chunk(ranks.size)[ranks.index])
+            norm.__class__, norm.ranks = ShardedRMSNorm, ranks
+    for path in plan.divide_heads:
+        for attention in expand(transformer, path).values():
+            attention.heads //= ranks.size
+
+
+def _cut(module: torch.nn.Module, key: str, part: torch.Tensor) -> None:
+    """Keep ``part`` of a parameter, in memory of its own, so that the whole is freed."""
+    whole = getattr(module, key)
+    setattr(module, key, torch.nn.Parameter(part.clone(), requires_grad=whole.requires_grad))
