@@ -137,13 +137,13 @@ class _Progress:
 
     def report(self, phase: Phase, *, detail: str = "") -> None:
         if self._router is not None:
-            done = self._total_bytes if phase == "ready" else 0
+            known = self._total_bytes if phase == "ready" else 0  # vLLM does not tell how far it is
             progress = LoadProgress(
                 group=self._group,
                 replica_id=self._replica_id,
                 phase=phase,
-                done_bytes=done,
-                total_bytes=self._total_bytes,
+                done_bytes=known,
+                total_bytes=known,
                 detail=detail,
             )
             self._router.report.remote(progress)

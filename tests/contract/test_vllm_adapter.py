@@ -1,4 +1,5 @@
-"""The AR replica on the installed vLLM, without Ray Serve: one engine for the whole module, on a tiny checkpoint."""
+"""The AR replica on the installed vLLM, without Ray Serve: one engine of two tensor-parallel ranks for the whole module,
+on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from omni_ray.config.spec import ArGroup, OmniSpec
+from omni_ray.config.spec import ArGroup, ArParallel, OmniSpec
 from omni_ray.errors import ConfigError, Unavailable
 from omni_ray.messages import HttpHead, HttpRequest
 from omni_ray.replica.ar import ArReplica
@@ -56,7 +57,8 @@ async def replica(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ArR
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         enable_prefix_caching=False,
     )
-    replica = ArReplica(spec, group_of(spec), source)
+    group = group_of(spec).model_copy(update={"parallel": ArParallel(tensor=2)})
+    replica = ArReplica(spec, group, source)
     await replica.check_health()
     yield replica
     await replica.close()
