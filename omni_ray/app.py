@@ -7,6 +7,7 @@ Api  ->  Router  ->  DiT group (DitReplica -> Gang of Ranks)
 # No `from __future__ import annotations` here: Ray Serve checks the YAML by the type of `build`'s argument.
 
 import functools
+import math
 from typing import Any
 
 import ray
@@ -16,6 +17,9 @@ from omni_ray.api.app import Api
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec
 from omni_ray.engine.gang import Gang
 from omni_ray.errors import ConfigError
+from omni_ray.plan.inventory import Inventory, unknown_node
+from omni_ray.plan.placement import Placement
+from omni_ray.plan.plan import make_plan
 from omni_ray.replica import prefix
 from omni_ray.replica.ar import ArReplica
 from omni_ray.replica.dit import DitReplica
@@ -29,8 +33,11 @@ HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 30, "graceful_sh
 def build(args: OmniSpec) -> serve.Application:
     """The application that serves ``args``. Called by ``serve run`` with the YAML's ``args``, checked."""
     spec = args
-    dit = {g.id: _dit_group(g) for g in spec.groups if isinstance(g, DitGroup)}
-    ar = {g.id: _ar_group(g, spec) for g in spec.groups if isinstance(g, ArGroup)}
+    plan = make_plan(spec, _inventory())
+    if refusals := [str(refusal) for refusal in plan.refusals if refusal.is_final]:
+        raise ConfigError("\n".join(refusals))
+    dit = {g.id: _dit_group(g, plan.placement(g.id)) for g in spec.groups if isinstance(g, DitGroup)}
+    ar = {g.id: _ar_group(g, spec, plan.placement(g.id)) for g in spec.groups if isinstance(g, ArGroup)}
     deployments = {g.id: deployment_name(g.id) for g in spec.groups}
     router = serve.deployment(Router).options(
         name="Router", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, **HEALTH
@@ -49,13 +56,12 @@ def deployment_name(group_id: str) -> str:
     return group_id.replace(":", "--")
 
 
-def _dit_group(group: DitGroup) -> serve.Application:
-    num_gpus = gpus_per_rank(group)
-    launch = functools.partial(_launch_gang, source=resolve_source(group.source), num_gpus=num_gpus)
+def _dit_group(group: DitGroup, placement: Placement) -> serve.Application:
+    launch = functools.partial(_launch_gang, source=resolve_source(group.source), num_gpus=placement.num_gpus)
     return (
         serve.deployment(DitReplica)
         .options(
-            **_group_options(group, num_gpus, group.parallel.num_ranks),
+            **_group_options(group, placement),
             max_ongoing_requests=group.batching.max_num_seqs + 4,
             request_router_config=balance.request_router_config(),
         )
@@ -67,11 +73,10 @@ def _launch_gang(group: DitGroup, replica_id: str, source: str, num_gpus: float)
     return Gang(group, source, num_gpus, replica_id)
 
 
-def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
-    num_gpus, num_ranks = gpus_per_rank(group), group.parallel.num_ranks
-    options = _group_options(group, num_gpus, num_ranks)
-    if num_ranks == 1:  # its engine is a child process of the replica, and sees the GPU that Ray gave to the replica
-        options["ray_actor_options"]["num_gpus"] = num_gpus
+def _ar_group(group: ArGroup, spec: OmniSpec, placement: Placement) -> serve.Application:
+    options = _group_options(group, placement)
+    if placement.num_ranks == 1:  # its engine is a child of the replica, and sees the GPU that Ray gave to the replica
+        options["ray_actor_options"]["num_gpus"] = placement.num_gpus
     return (
         serve.deployment(ArReplica)
         .options(
@@ -84,13 +89,12 @@ def _ar_group(group: ArGroup, spec: OmniSpec) -> serve.Application:
     )
 
 
-def _group_options(group: ArGroup | DitGroup, num_gpus: float, num_ranks: int) -> dict[str, Any]:
-    """One replica is one placement group with a bundle per rank; the replica's own process shares the first."""
-    bundle = {"CPU": group.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+def _group_options(group: ArGroup | DitGroup, placement: Placement) -> dict[str, Any]:
+    """One replica is one placement group, the plan's; the replica's own process shares its first bundle."""
     options: dict[str, Any] = {
         "name": deployment_name(group.id),
-        "placement_group_bundles": [bundle] * num_ranks,
-        "placement_group_strategy": "STRICT_PACK",
+        "placement_group_bundles": placement.bundles,
+        "placement_group_strategy": placement.strategy,
         "ray_actor_options": {"num_cpus": 0},
         **HEALTH,
     }
@@ -101,9 +105,8 @@ def _group_options(group: ArGroup | DitGroup, num_gpus: float, num_ranks: int) -
     return options
 
 
-def gpus_per_rank(group: ArGroup | DitGroup) -> float:
-    """Ray GPUs of a rank, 0 on a CPU. ``auto`` takes GPUs where the cluster has any."""
-    cluster = ray.cluster_resources() if ray.is_initialized() else {}
-    if group.device == "cuda" and not cluster.get("GPU"):
-        raise ConfigError(f"{group.id}: device cuda, but the cluster has no GPU; set device: auto, or add a GPU node")
-    return group.num_gpus if group.device != "cpu" and cluster.get("GPU", 0) > 0 else 0
+def _inventory() -> Inventory:
+    """The nodes that the cluster has now, by their number of GPUs. What their cards hold Ray does not tell."""
+    nodes = ray.nodes() if ray.is_initialized() else []
+    alive = [(node["NodeName"], math.ceil(node["Resources"].get("GPU", 0))) for node in nodes if node["Alive"]]
+    return tuple(unknown_node(name, num_gpus) for name, num_gpus in alive or [("here", 0)])

@@ -1,4 +1,4 @@
-"""The command line: ``omni-ray check | serve | status``. Each verb imports what it needs only when it runs."""
+"""The command line: ``omni-ray check | plan | serve | status``. Each verb imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.check import check
 
         return check(arguments.file)
+    if arguments.verb == "plan":
+        from omni_ray.cli.plan import plan
+
+        return plan(arguments.file, arguments.inventory)
     if arguments.verb == "serve":
         from omni_ray.cli.serve import serve
 
@@ -44,6 +48,21 @@ def _parser() -> argparse.ArgumentParser:
 
     check = verbs.add_parser("check", help="say what is wrong with a file, without starting anything")
     check.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+
+    plan = verbs.add_parser(
+        "plan",
+        help="say what would run where, whether it fits and how fast, without starting anything",
+        description="Needs no GPU, no network and no weights: sizes come from the checkpoints' configs and headers.",
+    )
+    plan.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+    plan.add_argument(
+        "--inventory",
+        action="append",
+        default=[],
+        metavar="NODES",
+        help="plan for such nodes, as in '8xH100-80G x 2': GPUs per node, card, nodes; repeat it for unlike nodes "
+        "(default: this machine)",
+    )
 
     serve = verbs.add_parser(
         "serve",

@@ -1,0 +1,225 @@
+"""The smallest changes that make a refused plan fit, each tried by planning again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from omni_ray.config.spec import DitGroup, OmniSpec
+from omni_ray.plan.cards import CARDS, Card
+from omni_ray.plan.placement import num_replicas
+from omni_ray.plan.plan import GroupPlan, Plan, make_plan
+
+MAX_FIXES = 4
+MAX_TRIALS = 400
+MAX_UTILIZATION = 0.95
+DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+LENGTHS = (32768, 16384, 8192, 4096)
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values of keys of a model, by their dotted paths, and what they cost. A lower ``cost`` comes first."""
+
+    index: int
+    values: tuple[tuple[str, Any], ...]
+    cost: float
+    price: str
+
+    def __str__(self) -> str:
+        return ", ".join(f"{path}: {value}" for path, value in self.values)
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Changes that together leave nothing refused, or other cards that do."""
+
+    changes: tuple[Change, ...]
+    result: str
+    card: Card | None = None
+
+    def __str__(self) -> str:
+        if self.card:
+            return f"other cards, of {self.card.gib:.0f} GiB or more, such as {self.card.name} (then the file fits as it is)"
+        words = " and ".join(f"models[{change.index}] {change}" for change in self.changes)
+        return f"{words} ({', '.join(dict.fromkeys(change.price for change in self.changes))}; then {self.result})"
+
+    @property
+    def keys(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """Which keys it changes, whatever to."""
+        return tuple((change.index, tuple(path for path, _ in change.values)) for change in self.changes)
+
+
+def find_fixes(plan: Plan) -> list[Fix]:
+    """At most a few fixes that change different keys, the cheapest first; empty where nothing makes everything fit."""
+    refused = [group for group in plan.groups if group.refusals]
+    if not refused:
+        return []
+    changes = [sorted(_candidates(group, plan), key=lambda each: each.cost) for group in refused]
+    found = _first_of(plan, itertools.product(*changes))
+    if not found and len(refused) == 1:
+        pairs = itertools.combinations(changes[0], 2)
+        found = _first_of(plan, (pair for pair in pairs if not _overlap(pair)))
+    return found + _other_cards(plan)
+
+
+def _first_of(plan: Plan, choices: Iterable[tuple[Change, ...]]) -> list[Fix]:
+    """The cheapest choices that work, one for each set of keys."""
+    found: dict[Any, Fix] = {}
+    for choice in itertools.islice(sorted(choices, key=_cost), MAX_TRIALS):
+        fix = Fix(choice, "")
+        if fix.keys not in found and len(found) < MAX_FIXES and (result := _try(plan, choice)):
+            found[fix.keys] = Fix(choice, result)
+    return list(found.values())
+
+
+def _other_cards(plan: Plan) -> list[Fix]:
+    """The smallest card of the hardware table on which the spec fits as it is, where memory is what lacks."""
+    if all(refusal.key != "memory" for refusal in plan.refusals):
+        return []
+    now = max((node.card.gib for node in plan.inventory if node.card), default=math.inf)
+    for card in sorted(CARDS.values(), key=lambda each: each.gib):
+        inventory = tuple(dataclasses.replace(node, card=card) if node.card else node for node in plan.inventory)
+        if card.gib > now and not make_plan(plan.spec, inventory).refusals:
+            return [Fix((), "", card)]
+    return []
+
+
+def _cost(changes: tuple[Change, ...]) -> float:
+    return sum(change.cost for change in changes)
+
+
+def _overlap(changes: tuple[Change, ...]) -> bool:
+    paths = [path for change in changes for path, _ in change.values]
+    return len(set(paths)) < len(paths)
+
+
+def _try(plan: Plan, changes: tuple[Change, ...]) -> str | None:
+    """What the changed groups then need, if planning again with the changes refuses nothing."""
+    try:
+        again = make_plan(apply(plan.spec, changes), plan.inventory)
+    except ValidationError:
+        return None
+    if again.refusals:
+        return None
+    indices = {change.index for change in changes}
+    return ", ".join(dict.fromkeys(_result(group) for group in again.groups if group.index in indices))
+
+
+def _result(group: GroupPlan) -> str:
+    assert group.need is not None
+    memory = group.need.memory
+    if memory.kv_cache:
+        return f"KV cache for {memory.kv_cache.num_tokens:,} tokens on {_gpus(group)}"
+    return f"{memory.needed_gib:.1f} of {memory.budget_gib:.1f} GiB a rank on {_gpus(group)}"
+
+
+def _gpus(group: GroupPlan) -> str:
+    return gpus(num_replicas(group.group) * group.placement.num_ranks * group.placement.num_gpus)
+
+
+def gpus(number: float) -> str:
+    return f"{number:g} GPU" + ("s" if number != 1 else "")
+
+
+def apply(spec: OmniSpec, changes: tuple[Change, ...]) -> OmniSpec:
+    """The spec with the changes, checked as a file's would be. Raises ValidationError where it refuses them."""
+    data = copy.deepcopy(spec.model_dump(exclude_unset=True))
+    for change in changes:
+        for path, value in change.values:
+            block = data["models"][change.index]
+            *parents, key = path.split(".")
+            for parent in parents:
+                block = block.setdefault(parent, {})
+            block[key] = value
+    return OmniSpec.model_validate(data)
+
+
+def _candidates(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    """Changes that might help, with what they cost, from nothing to many GPUs."""
+    group = plan.group
+    keys = {refusal.key for refusal in plan.refusals}
+    if "memory" in keys:
+        yield from _memory_changes(plan)
+        yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
+    if "parallel" in keys and "memory" not in keys:
+        yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
+    if "num_replicas" in keys:
+        yield from _fewer_replicas(plan)
+    if "device" in keys:
+        yield Change(plan.index, (("device", "auto"),), 1, "runs on CPUs")
+
+
+def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
+    assert plan.need is not None
+    group, index, memory = plan.group, plan.index, plan.need.memory
+    if plan.card and group.memory.gpu_memory_utilization < MAX_UTILIZATION:
+        change = ("memory.gpu_memory_utilization", MAX_UTILIZATION)
+        yield Change(index, (change,), 1, "less room for other programs on the card")
+    if group.dtype == "float32":
+        yield Change(index, (("dtype", "bfloat16"),), 2, "rounds to 8 bits")
+    if isinstance(group, DitGroup):
+        if group.batching.max_num_batched_tokens > 1:
+            yield Change(index, (("batching.max_num_batched_tokens", 1),), 2, "requests share no forward")
+        return
+    assert memory.kv_cache is not None
+    for cost, length in enumerate(LENGTHS):
+        if length < memory.kv_cache.max_model_len:
+            change = ("engine_args.max_model_len", length)
+            yield Change(index, (change,), 3 + cost / 10, "shorter prompts and answers")
+    if group.quantization is None and plan.card:
+        yield Change(index, (("quantization", "fp8"),), 4, "weights in 8 bits")
+    over = memory.needed_gib - memory.budget_gib
+    offloaded = group.offload.cpu_offload_gb + float(int(over) + 1)
+    if plan.card:
+        price = f"reads {offloaded:g} GiB over PCIe for every token"
+        yield Change(index, (("offload.cpu_offload_gb", offloaded),), 9, price)
+
+
+def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    """Other degrees of the axes. To exchange one axis for another is cheaper than to take or lose GPUs."""
+    now = plan.group.parallel
+    assert isinstance(plan.group, DitGroup)
+    most = max((node.num_gpus for node in whole.inventory), default=0) or now.num_ranks
+    for tensor, ulysses in itertools.product(DEGREES, DEGREES):
+        values = {"tensor": tensor, "ulysses": ulysses}
+        changed = tuple((f"parallel.{k}", v) for k, v in values.items() if getattr(now, k) != v)
+        ranks = now.num_ranks // (now.tensor * now.ulysses) * tensor * ulysses  # type: ignore[union-attr]
+        if changed and ranks <= most:
+            yield _axes_change(plan, changed, ranks)
+
+
+def _ar_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    now = plan.group.parallel
+    most = max((node.num_gpus for node in whole.inventory), default=0) or now.num_ranks
+    for tensor in DEGREES:
+        ranks = now.num_ranks // now.tensor * tensor
+        if tensor != now.tensor and ranks <= most:
+            yield _axes_change(plan, (("parallel.tensor", tensor),), ranks)
+
+
+def _axes_change(plan: GroupPlan, changed: tuple[tuple[str, Any], ...], ranks: int) -> Change:
+    more = ranks - plan.group.parallel.num_ranks
+    distance = sum(abs(_was(plan, path) - value) for path, value in changed)
+    if more == 0:
+        return Change(plan.index, changed, 2.5 + distance / 100, "another axis on as many GPUs")
+    price = f"{gpus(more)} more a replica" if more > 0 else f"{gpus(-more)} fewer a replica, so slower"
+    return Change(plan.index, changed, 5 + abs(more) / 4 + distance / 100, price)
+
+
+def _was(plan: GroupPlan, path: str) -> int:
+    return int(getattr(plan.group.parallel, path.removeprefix("parallel.")))
+
+
+def _fewer_replicas(plan: GroupPlan) -> Iterator[Change]:
+    seated = len(plan.seats)
+    key = "autoscaling.max_replicas" if plan.group.autoscaling else "num_replicas"
+    if seated:
+        yield Change(plan.index, ((key, seated),), 3, "fewer replicas, so less throughput")

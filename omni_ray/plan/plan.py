@@ -1,0 +1,176 @@
+"""The Plan: a spec on an inventory. What ``omni-ray plan`` prints is the object that the application is built from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec, Pipeline
+from omni_ray.errors import ConfigError
+from omni_ray.plan.autoencoders import Autoencoder, autoencoder
+from omni_ray.plan.cards import Card
+from omni_ray.plan.checkpoint import Checkpoint, read_checkpoint
+from omni_ray.plan.inventory import Inventory, Node, describe
+from omni_ray.plan.language import language
+from omni_ray.plan.memory import Memory, ar_memory, dit_memory
+from omni_ray.plan.parts import parts_of
+from omni_ray.plan.placement import FreeGpus, Placement, Seat, num_replicas, place
+from omni_ray.plan.refusals import Refusal, group_refusals
+from omni_ray.plan.request import Request, default_request
+from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank of a group needs of a kind of node, and what it gives."""
+
+    memory: Memory
+    request: Request | None = None
+    estimate: Estimate | None = None
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A replica group: its placement group, where its replicas run, and what each rank needs there."""
+
+    index: int
+    group: ArGroup | DitGroup
+    placement: Placement
+    seats: tuple[Seat, ...]
+    card: Card | None
+    refusals: tuple[Refusal, ...]
+    checkpoint: Checkpoint | None = None
+    need: Need | None = None
+    unknown: str = ""
+    """Why there is no ``need``: nothing of the checkpoint is on this machine, or its config is of no known kind."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups of a spec."""
+
+    spec: OmniSpec
+    inventory: Inventory
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        return [refusal for group in self.groups for refusal in group.refusals]
+
+    def placement(self, group_id: str) -> Placement:
+        """The placement group of the replicas of a group."""
+        return next(each.placement for each in self.groups if each.group.id == group_id)
+
+
+def make_plan(spec: OmniSpec, inventory: Inventory, free: FreeGpus | None = None) -> Plan:
+    """Plan every group. The groups that are hardest to seat come first, so that they find whole nodes.
+
+    ``free`` is what other applications have left of the inventory; what this one takes is taken from it.
+    """
+    free = free or FreeGpus(inventory)
+    has_gpus = any(node.num_gpus for node in inventory)
+    groups = [(i, model) for i, model in enumerate(spec.models) if not isinstance(model, Pipeline)]
+    hardest = sorted(groups, key=lambda each: -each[1].parallel.num_ranks * each[1].num_gpus)
+    plans = [_plan_group(i, group, inventory, free, place(group, has_gpus)) for i, group in hardest]
+    return Plan(spec, inventory, tuple(sorted(plans, key=lambda plan: plan.index)))
+
+
+def _plan_group(
+    index: int, group: ArGroup | DitGroup, inventory: Inventory, free: FreeGpus, placement: Placement
+) -> GroupPlan:
+    nodes = [node for node in inventory if node.num_gpus or not placement.num_gpus]
+    checkpoint, needs, unknown, refusals = None, {}, "", []
+    try:
+        checkpoint = read_checkpoint(group.source)
+        refusals = group_refusals(index, group, checkpoint)
+        if not any(refusal.key == "source" for refusal in refusals):
+            needs = {node.card: _need(group, checkpoint, node, placement) for node in nodes}
+    except ConfigError as error:
+        unknown = f"models[{index}].source: {error.message}"
+    except (KeyError, TypeError, ValueError) as error:
+        unknown = f"models[{index}].source: a config.json of {group.source!r} lacks what its kind needs: {error!r}"
+    if group.device == "cuda" and not placement.num_gpus:
+        message = "cuda, but no node has a GPU; set device: auto, or add a GPU node"
+        refusals.append(Refusal(index, "device", message, is_final=True))
+    roomy = [node for node in nodes if needs and needs[node.card].memory.fits]
+    seats: list[Seat] = []
+    while len(seats) < num_replicas(group) and (seat := free.take(placement, roomy or nodes)):
+        seats.append(seat)
+    card = seats[0].node.card if seats else max((node.card for node in nodes), key=lambda each: each.gib if each else 0)
+    need = needs.get(card)
+    if need and not need.memory.fits:
+        refusals.append(_too_large(index, group, need.memory, card))
+    if len(seats) < num_replicas(group):
+        refusals.append(_no_room(index, group, placement, inventory, len(seats), free))
+    return GroupPlan(index, group, placement, tuple(seats), card, tuple(refusals), checkpoint, need, unknown)
+
+
+def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placement: Placement) -> Need:
+    on_gpu = bool(placement.num_gpus) and node.card is not None
+    whole = node.card.gib if on_gpu and node.card else node.host_gib or math.inf
+    budget = whole * group.memory.gpu_memory_utilization if on_gpu else whole
+    if isinstance(group, ArGroup):
+        component = checkpoint.components[0]
+        model = language(component.config, component.cls)
+        if model is None:
+            kind = component.config.get("model_type")
+            raise ConfigError(f"{group.source}: the plan knows no model_type {kind!r} yet, so it cannot tell its size")
+        memory = ar_memory(group, model, component, budget, on_gpu)
+        tokens = ar_tokens_per_s(group, model, node.card) if on_gpu and node.card else None
+        return Need(memory, tokens_per_s=tokens)
+    parts = parts_of(checkpoint)
+    vae = next((part.model for part in parts if isinstance(part.model, Autoencoder)), autoencoder({}))
+    request = default_request(group, checkpoint, vae)
+    memory = dit_memory(group, parts, request, budget, on_gpu)
+    estimate = dit_seconds(group, parts, request, node.card) if on_gpu and node.card else None
+    return Need(memory, request, estimate)
+
+
+def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card | None) -> Refusal:
+    items = " + ".join(f"{item.name} {item.gib:.1f}" for item in memory.items if item.gib >= 0.05)
+    budget = (
+        f"gpu_memory_utilization {group.memory.gpu_memory_utilization:g} of a {card.name}'s {card.gib:.1f} GiB is "
+        f"{memory.budget_gib:.1f}"
+        if card
+        else f"this machine has {memory.budget_gib:.1f}"
+    )
+    over = memory.needed_gib - memory.budget_gib
+    return Refusal(index, "memory", f"{items} = {memory.needed_gib:.1f} GiB a rank, but {budget}: {over:.1f} too much")
+
+
+def _no_room(
+    index: int,
+    group: ArGroup | DitGroup,
+    placement: Placement,
+    inventory: Inventory,
+    num_seated: int,
+    free: FreeGpus,
+) -> Refusal:
+    ranks, gpus = placement.num_ranks, placement.num_ranks * placement.num_gpus
+    largest = max(inventory, key=lambda node: node.num_gpus)
+    if gpus > largest.num_gpus:
+        axes = axes_of(group) or "1"
+        has = (
+            f"the node {largest.name!r} has {largest.num_gpus} GPUs and the others no more"
+            if len(inventory) > 1
+            else f"the node {largest.name!r} has {largest.num_gpus} GPUs"
+        )
+        return Refusal(index, "parallel", f"{axes} = {ranks} ranks, but {has}; lower one of them")
+    total = sum(node.num_gpus for node in inventory)
+    return Refusal(
+        index,
+        "num_replicas",
+        f"{num_replicas(group)} replicas x {ranks} ranks, but of the {total} GPUs ({describe(inventory)}) the other "
+        f"groups leave room for {num_seated}, and {free.largest()} GPUs on one node at most; lower it, or add a node",
+    )
+
+
+def axes_of(group: ArGroup | DitGroup) -> str:
+    """The axes in use, such as ``tensor 2 x ulysses 4``; empty for one rank."""
+    return " x ".join(f"{axis} {degree}" for axis, degree in _degrees(group) if degree > 1)
+
+
+def _degrees(group: ArGroup | DitGroup) -> Iterable[tuple[str, int]]:
+    return ((axis, getattr(group.parallel, axis)) for axis in type(group.parallel).model_fields)

@@ -1,0 +1,77 @@
+"""The request that a plan reckons with: the model's default size, steps and guidance, as the pipeline has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omni_ray.config.spec import DitGroup
+from omni_ray.plan.autoencoders import Autoencoder
+from omni_ray.plan.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image or video. ``branches`` are the forwards of a step: 2 with classifier-free guidance."""
+
+    width: int
+    height: int
+    frames: int
+    steps: int
+    branches: int
+    image_tokens: int
+    text_tokens: int
+
+    def __str__(self) -> str:
+        size = f"{self.width}x{self.height}"
+        return size if self.frames == 1 else f"{size}, {self.frames} frames"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A pipeline's own defaults. ``guidance`` is the argument that guides; above ``off`` a step has two forwards.
+
+    ``needs_prompt``: only with a negative prompt.
+    """
+
+    steps: int
+    text: int
+    guidance: str = ""
+    scale: float = 0.0
+    off: float = 1.0
+    needs_prompt: bool = False
+    size: tuple[int, int, int] = (1024, 1024, 1)
+
+
+PIPELINES: dict[str, Defaults] = {
+    "FluxPipeline": Defaults(28, 512, "true_cfg_scale", 1.0, needs_prompt=True),
+    "Flux2Pipeline": Defaults(50, 512),
+    "Flux2KleinPipeline": Defaults(50, 512, "guidance_scale", 4.0),
+    "QwenImagePipeline": Defaults(50, 64, "true_cfg_scale", 4.0, needs_prompt=True),
+    "ZImagePipeline": Defaults(50, 64, "guidance_scale", 5.0, off=0.0),
+    "StableDiffusion3Pipeline": Defaults(28, 333, "guidance_scale", 7.0),
+    "WanPipeline": Defaults(50, 512, "guidance_scale", 5.0, size=(832, 480, 81)),
+    "WanImageToVideoPipeline": Defaults(50, 512, "guidance_scale", 5.0, size=(832, 480, 81)),
+}
+UNKNOWN = Defaults(50, 512)
+
+
+def default_request(group: DitGroup, checkpoint: Checkpoint, vae: Autoencoder) -> Request:
+    """The group's request where a client says nothing but a prompt."""
+    own = PIPELINES.get(checkpoint.pipeline, UNKNOWN)
+    values: dict[str, Any] = checkpoint.defaults | group.defaults
+    width, height = int(values.get("width", own.size[0])), int(values.get("height", own.size[1]))
+    frames = int(values.get("num_frames", own.size[2]))
+    guided = bool(own.guidance) and float(values.get(own.guidance, own.scale)) > own.off
+    if own.needs_prompt and group.parallel.cfg == 1:
+        guided = guided and values.get("negative_prompt") is not None
+    tokens = (width // (2 * vae.spatial)) * (height // (2 * vae.spatial)) * ((frames - 1) // vae.temporal + 1)
+    return Request(
+        width=width,
+        height=height,
+        frames=frames,
+        steps=int(values.get("num_inference_steps", own.steps)),
+        branches=2 if guided else 1,
+        image_tokens=tokens,
+        text_tokens=own.text,
+    )

@@ -1,0 +1,112 @@
+"""Seconds of one image or video, and tokens per second, from a model's FLOP and the hardware table.
+
+One forward takes: its matrix products at the card's rate, its attention at the attention kernel's, the passes of
+everything else over the activations at the memory's, and what the ranks exchange at the link's. The constants are
+fitted to FLUX.1-dev, Qwen-Image and Z-Image on an H200, and hold there and on an H100 within 10%.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omni_ray.config.spec import ArGroup, DitGroup
+from omni_ray.plan.autoencoders import Autoencoder
+from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
+from omni_ray.plan.language import Language
+from omni_ray.plan.linear import Transformer
+from omni_ray.plan.memory import QUANTIZED_BYTES
+from omni_ray.plan.parts import Part
+from omni_ray.plan.request import Request
+
+FAST_ATTENTION = ("_native_cudnn", "_flash_3", "flash_4")
+
+EAGER_PASSES = 175.0
+EAGER_PASSES_OF = {"ZImageTransformer2DModel": 300.0}
+"""Reads or writes of [tokens, hidden] per block besides matrix products. Z-Image rotates in complex numbers."""
+COMPILED_PASSES = 57.0
+
+DECODE_EFFICIENCY = 0.35
+"""Of an autoencoder's convolutions, against matrix products."""
+
+LINK_EFFICIENCY = 0.7
+COLLECTIVE_S = 50e-6
+"""Time of an exchange of nothing: its kernels, and the copies around it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one request alone. ``forwards`` run after one another; each costs ``tflop`` over all its ranks."""
+
+    seconds: float
+    forwards: int
+    tflop: float
+
+
+def dit_seconds(group: DitGroup, parts: tuple[Part, ...], request: Request, card: Card) -> Estimate | None:
+    """None where the model's class, or the card's rates, are not known."""
+    known = [part for part in parts if part.role == "transformer" and isinstance(part.model, Transformer)]
+    if not known or not card.tflops:
+        return None
+    part, model = known[0], known[0].model
+    assert isinstance(model, Transformer)
+    forwards = request.steps * max(1, request.branches // group.parallel.cfg)
+    one = _forward_s(group, model, part.component.cls, request, card)
+    rest = sum(_once_s(each, request, card) for each in parts)
+    image, text = request.image_tokens, request.text_tokens
+    tflop = (model.linear_flop(image, text) + model.attention_flop(image, text)) / 1e12
+    return Estimate(forwards * one + rest, forwards, tflop)
+
+
+def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, card: Card) -> float:
+    image, text = request.image_tokens, request.text_tokens
+    axes, tokens = group.parallel, image + text
+    ranks = axes.tensor * axes.ulysses * axes.ring
+    fast = (group.attention.backend or "").startswith(FAST_ATTENTION)
+    attention_tflops = card.attention_tflops * (FAST_ATTENTION_GAIN.get(card.name, 1.0) if fast else 1.0)
+    compiled = group.compile.mode != "none"
+    passes = COMPILED_PASSES if compiled else EAGER_PASSES_OF.get(cls, EAGER_PASSES)
+    moved = passes * tokens * model.hidden * 2 * model.num_blocks / (axes.ulysses * axes.ring)
+    return (
+        model.linear_flop(image, text) / ranks / card.tflops / 1e12
+        + model.attention_flop(image, text) / ranks / attention_tflops / 1e12
+        + moved / card.memory_gbs / 1e9
+        + _exchange_s(group, model, tokens, card)
+    )
+
+
+def _exchange_s(group: DitGroup, model: Transformer, tokens: int, card: Card) -> float:
+    """Per block: Ulysses exchanges query, key, value and output once each, ring passes keys and values on, tensor
+    parallelism sums the outputs of attention and feed-forward."""
+    axes = group.parallel
+    link = (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9
+    shard = tokens * model.hidden * 2 / (axes.ulysses * axes.ring)
+    sent, exchanges = 0.0, 0
+    if axes.ulysses > 1:
+        sent += 4 * shard / axes.tensor * (axes.ulysses - 1) / axes.ulysses
+        exchanges += 4
+    if axes.ring > 1:
+        sent += 2 * shard / axes.tensor * (axes.ring - 1)
+        exchanges += axes.ring - 1
+    if axes.tensor > 1:
+        sent += 2 * 2 * shard * (axes.tensor - 1) / axes.tensor
+        exchanges += 2
+    return model.num_blocks * (sent / link + exchanges * COLLECTIVE_S)
+
+
+def _once_s(part: Part, request: Request, card: Card) -> float:
+    """Seconds of a text encoder or of the decode, which run once a request."""
+    if isinstance(part.model, Language):
+        flop = 2.0 * part.model.num_active_weights * request.text_tokens * request.branches
+        return max(flop / card.tflops / 1e12, part.model.num_active_weights * 2 / card.memory_gbs / 1e9)
+    if isinstance(part.model, Autoencoder):
+        pixels = request.width * request.height * request.frames
+        return part.model.decode_flop_per_pixel * pixels / (DECODE_EFFICIENCY * card.tflops * 1e12)
+    return 0.0
+
+
+def ar_tokens_per_s(group: ArGroup, model: Language, card: Card) -> float | None:
+    """The most that one request can get: each token reads the weights that it is multiplied with once."""
+    if not card.memory_gbs:
+        return None
+    width = QUANTIZED_BYTES.get((group.quantization or "").split("_")[0], 4 if group.dtype == "float32" else 2)
+    return card.memory_gbs * 1e9 * group.parallel.tensor / (model.num_active_weights * width)
