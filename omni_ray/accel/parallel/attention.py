@@ -35,11 +35,20 @@ class ShardedAttention:
         sequence = self.sequence
         if key.shape != query.shape:
             raise RuntimeError(f"parallel: {key.shape[1]} keys for {query.shape[1]} queries cannot be split over ranks")
+        if mask is not None and mask.shape[1:] != (1, 1, query.shape[1]):
+            raise RuntimeError(
+                f"parallel: an attention mask of shape {tuple(mask.shape)} cannot be split over ranks; "
+                f"only a mask of padded keys, (batch, 1, 1, {query.shape[1]}), can"
+            )
         valid = sequence.valid(self.streams, query.shape[1], query.device)
         query, key, value = self._heads_to_tokens(torch.stack((query, key, value)))
         key, value = sequence.ring.gather(key, 1), sequence.ring.gather(value, 1)
         if mask is not None:
-            mask = self._whole_mask(mask, key.shape[1])
+            mask = (
+                sequence.gather(mask.to(torch.uint8), -1).bool()
+                if mask.dtype == torch.bool
+                else sequence.gather(mask, -1)
+            )
         if valid is not None:
             key, value = key.index_select(1, valid), value.index_select(1, valid)
             mask = None if mask is None else mask.index_select(-1, valid)
@@ -56,16 +65,6 @@ class ShardedAttention:
         ranks = self.sequence.ulysses
         parts = out.unflatten(1, (ranks.size, -1)).movedim(1, 0)
         return ranks.exchange(parts).movedim(0, 2).flatten(2, 3)
-
-    def _whole_mask(self, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """A rank's key mask, (batch, 1, 1, part of the tokens), of all tokens."""
-        if mask.shape[-1] * self.sequence.num_shards != num_tokens or mask.shape[1:-1].numel() != 1:
-            raise RuntimeError(
-                f"parallel: an attention mask of shape {tuple(mask.shape)} cannot be split over ranks; "
-                f"only masks of padded keys, (batch, 1, 1, {num_tokens // self.sequence.num_shards}), can"
-            )
-        bits = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
-        return self.sequence.gather(bits, -1).to(mask.dtype)
 
 
 _diffusers_attention = attention_dispatch._templated_context_parallel_attention
