@@ -47,7 +47,7 @@ class Fix:
 
     def __str__(self) -> str:
         if self.card:
-            return f"other cards, of {self.card.gib:.0f} GiB or more, such as {self.card.name} (then the file fits as it is)"
+            return f"cards of {self.card.gib:.0f} GiB or more, such as {self.card.name} (then the file fits as it is)"
         words = " and ".join(f"models[{change.index}] {change}" for change in self.changes)
         return f"{words} ({', '.join(dict.fromkeys(change.price for change in self.changes))}; then {self.result})"
 

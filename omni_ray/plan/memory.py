@@ -92,8 +92,8 @@ def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request,
     """Bytes of the largest moment: a joined forward of a transformer, or the decode of one image."""
     vaes = [part.model for part in parts if isinstance(part.model, Autoencoder)]
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
-    forwards = [_forward_bytes(group, model, request, width) for model in models]
-    return max([0.0, *forwards, *(_decode_bytes(vae, request, width) for vae in vaes)])
+    forwards = [forward_bytes(group, model, request, width) for model in models]
+    return max([0.0, *forwards, *(decode_bytes(vae, request, width) for vae in vaes)])
 
 
 def joined(group: DitGroup, request: Request) -> int:
@@ -102,7 +102,7 @@ def joined(group: DitGroup, request: Request) -> int:
     return max(1, min(group.batching.max_num_seqs, group.batching.max_num_batched_tokens // tokens))
 
 
-def _forward_bytes(group: DitGroup, model: Transformer, request: Request, width: int) -> float:
+def forward_bytes(group: DitGroup, model: Transformer, request: Request, width: int) -> float:
     axes = group.parallel
     branches = max(1, request.branches // axes.cfg)
     tokens = joined(group, request) * branches * (request.image_tokens + request.text_tokens)
@@ -110,7 +110,7 @@ def _forward_bytes(group: DitGroup, model: Transformer, request: Request, width:
     return per_rank * width * (HIDDEN_TENSORS * model.hidden + FFN_TENSORS * model.ffn / axes.tensor)
 
 
-def _decode_bytes(vae: Autoencoder, request: Request, width: int) -> float:
+def decode_bytes(vae: Autoencoder, request: Request, width: int) -> float:
     tensors = DECODE_TENSORS
     if vae.temporal > 1:
         tensors = DECODE_TENSORS_OF_VIDEO if request.frames > 1 else DECODE_TENSORS_IN_TIME

@@ -159,12 +159,18 @@ def _no_room(
         )
         return Refusal(index, "parallel", f"{axes} = {ranks} ranks, but {has}; lower one of them")
     total = sum(node.num_gpus for node in inventory)
+    wanted = f"{counted(num_replicas(group), 'replica')} x {counted(ranks, 'rank')}"
     return Refusal(
         index,
         "num_replicas",
-        f"{num_replicas(group)} replicas x {ranks} ranks, but of the {total} GPUs ({describe(inventory)}) the other "
-        f"groups leave room for {num_seated}, and {free.largest()} GPUs on one node at most; lower it, or add a node",
+        f"{wanted}, but of the {total} GPUs ({describe(inventory)}) the other groups leave room for {num_seated}, "
+        f"and {free.largest()} GPUs on one node at most; lower it, or add a node",
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def axes_of(group: ArGroup | DitGroup) -> str:

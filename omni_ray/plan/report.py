@@ -11,7 +11,7 @@ from omni_ray.plan.fixes import Fix
 from omni_ray.plan.inventory import describe
 from omni_ray.plan.memory import Item, KvCache, Memory
 from omni_ray.plan.placement import Seat, num_replicas
-from omni_ray.plan.plan import GroupPlan, Need, Plan, axes_of
+from omni_ray.plan.plan import GroupPlan, Need, Plan, axes_of, counted
 
 
 def report(plan: Plan, fixes: Sequence[Fix] = ()) -> str:
@@ -32,8 +32,8 @@ def _group(plan: GroupPlan) -> Iterator[str]:
     group, replicas = plan.group, num_replicas(plan.group)
     assert plan.checkpoint is not None
     kind = plan.checkpoint.pipeline or plan.checkpoint.components[0].cls
-    ranks = _count(plan.placement.num_ranks, "rank") + (f" ({axes_of(group)})" if axes_of(group) else "")
-    yield f"{group.id}: {group.type}, {group.source} ({kind}), {_count(replicas, 'replica')} x {ranks}"
+    ranks = counted(plan.placement.num_ranks, "rank") + (f" ({axes_of(group)})" if axes_of(group) else "")
+    yield f"{group.id}: {group.type}, {group.source} ({kind}), {counted(replicas, 'replica')} x {ranks}"
     bundle = ", ".join(f"{name}: {amount:g}" for name, amount in plan.placement.bundles[0].items())
     yield f"  bundles   {plan.placement.num_ranks} x {{{bundle}}}, {plan.placement.strategy}"
     yield f"  nodes     {'; '.join(_seats(plan.seats)) or 'none has room'}"
@@ -109,7 +109,3 @@ def _speed(need: Need, card: Card | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
