@@ -8,7 +8,7 @@ from omni_ray.config.load import load
 from omni_ray.errors import ConfigError
 from omni_ray.plan.fixes import find_fixes
 from omni_ray.plan.inventory import local_inventory, parse_inventory
-from omni_ray.plan.placement import FreeGpus
+from omni_ray.plan.placement import Free
 from omni_ray.plan.plan import make_plan
 from omni_ray.plan.report import report
 
@@ -20,7 +20,7 @@ def plan(path: str, inventory: Sequence[str]) -> int:
         ConfigError: the file cannot be served, or a checkpoint's sizes are nowhere on this machine.
     """
     nodes = parse_inventory(inventory) if inventory else local_inventory()
-    free = FreeGpus(nodes)
+    free = Free(nodes)
     plans = [make_plan(spec, nodes, free) for spec in load(path)]
     if unknown := [group.unknown for each in plans for group in each.groups if group.unknown]:
         raise ConfigError("\n".join(unknown))

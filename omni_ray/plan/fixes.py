@@ -153,6 +153,8 @@ def _candidates(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
         yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
     if "num_replicas" in keys:
         yield from _fewer_replicas(plan)
+        if group.num_gpus < 1:
+            yield Change(plan.index, (("num_gpus", 1.0),), 4, "a GPU for each rank")
     if "device" in keys:
         yield Change(plan.index, (("device", "auto"),), 1, "runs on CPUs")
 
@@ -185,13 +187,13 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
 
 def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
     """Other degrees of the axes. To exchange one axis for another is cheaper than to take or lose GPUs."""
-    now = plan.group.parallel
     assert isinstance(plan.group, DitGroup)
+    now = plan.group.parallel
     most = max((node.num_gpus for node in whole.inventory), default=0) or now.num_ranks
-    for tensor, ulysses in itertools.product(DEGREES, DEGREES):
-        values = {"tensor": tensor, "ulysses": ulysses}
-        changed = tuple((f"parallel.{k}", v) for k, v in values.items() if getattr(now, k) != v)
-        ranks = now.num_ranks // (now.tensor * now.ulysses) * tensor * ulysses  # type: ignore[union-attr]
+    for tensor, ulysses, ring in itertools.product(DEGREES, DEGREES, {1, now.ring}):
+        values = {"tensor": tensor, "ulysses": ulysses, "ring": ring}
+        changed = tuple((f"parallel.{axis}", degree) for axis, degree in values.items() if getattr(now, axis) != degree)
+        ranks = now.cfg * tensor * ulysses * ring
         if changed and ranks <= most:
             yield _axes_change(plan, changed, ranks)
 

@@ -26,6 +26,9 @@ CUDA_CONTEXT_GIB = 0.6
 NCCL_GIB = 0.4
 """Buffers of a process group, on each rank of a gang of several."""
 
+HOST_PROCESS_GIB = 1.0
+"""Main memory of a process with torch and a model library, on a CPU."""
+
 HIDDEN_TENSORS = 7.0
 FFN_TENSORS = 2.2
 """Tensors of [tokens, hidden] and of [tokens, ffn] that one block of a transformer holds; a test counts them."""
@@ -118,13 +121,13 @@ def decode_bytes(vae: Autoencoder, request: Request, width: int) -> float:
 
 
 def _workspace(num_ranks: int, on_gpu: bool) -> float:
-    return (CUDA_CONTEXT_GIB + (NCCL_GIB if num_ranks > 1 else 0)) if on_gpu else 0.3
+    return (CUDA_CONTEXT_GIB + (NCCL_GIB if num_ranks > 1 else 0)) if on_gpu else HOST_PROCESS_GIB
 
 
 def ar_memory(group: ArGroup, model: Language, component: Component, budget_gib: float, on_gpu: bool) -> Memory:
     """GiB per rank of a vLLM replica. vLLM gives the KV cache all that its other parts leave of the budget."""
     axes = group.parallel
-    width = 4 if group.dtype == "float32" else 2
+    width = WIDTHS.get(group.dtype, 2)
     weights = _ar_weights(group, model, component, width) / GIB
     offloaded = min(weights, group.offload.cpu_offload_gb)
     items = [
@@ -156,16 +159,22 @@ def _ar_weights(group: ArGroup, model: Language, component: Component, width: in
     """Bytes of the fullest rank: of the pipeline's stages, the first has the embedding and the last the head."""
     axes = group.parallel
     layers = math.ceil(model.num_layers / axes.pipeline)
-    packed = component.num_packed_bytes
-    stored = component.num_params * width + packed if packed else 0
-    per_weight = QUANTIZED_BYTES.get((group.quantization or "").split("_")[0], width)
-    blocks = model.num_layers * model.num_layer_params * per_weight
+    per_layer = model.num_layer_params * bytes_per_weight(group, model, component)
     tables = (model.num_embed_params + model.num_head_params + model.num_other_params) * width
-    if stored:  # the checkpoint is quantized: what is in its files is what is loaded
-        tables = min(tables, stored)
-        blocks = stored - tables
-    at_ends = tables if axes.pipeline == 1 else tables / 2
-    return (blocks * layers / model.num_layers + at_ends) / axes.tensor
+    at_one_end = tables if axes.pipeline == 1 else tables / 2
+    return (layers * per_layer + at_one_end) / axes.tensor
+
+
+def bytes_per_weight(group: ArGroup, model: Language, component: Component) -> float:
+    """Of a weight in the blocks. Of a checkpoint that is quantized itself, what is in its files is what is loaded."""
+    width = WIDTHS.get(group.dtype, 2)
+    if component.num_packed_bytes:
+        stored = component.num_params * width + component.num_packed_bytes
+        tables = (model.num_embed_params + model.num_head_params + model.num_other_params) * width
+        return max(stored - tables, 0.0) / (model.num_layers * model.num_layer_params)
+    own = component.config.get("quantization_config") or {}
+    method = group.quantization or str(own.get("quant_method", ""))
+    return QUANTIZED_BYTES.get(method.split("_")[0], width)
 
 
 def _kv_bytes_per_token(group: ArGroup, model: Language, width: int) -> float:

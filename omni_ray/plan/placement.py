@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from omni_ray.config.spec import ArGroup, DitGroup
+from omni_ray.plan.cards import Card
 from omni_ray.plan.inventory import Inventory, Node
 
 EPSILON = 1e-6
@@ -52,46 +54,58 @@ class Seat:
     gpus: tuple[int, ...]
 
 
-@dataclass
-class FreeGpus:
-    """What of the nodes' GPUs no replica has taken yet."""
+class Free:
+    """What of the nodes no replica has taken yet: of each GPU its share and its GiB, of each node its main memory."""
 
-    inventory: Inventory
-    left: list[list[float]] = field(init=False)
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self._share = [[1.0] * node.num_gpus for node in inventory]
+        self._gib = [[node.card.gib if node.card else 0.0] * node.num_gpus for node in inventory]
+        self._host_gib = [node.host_gib or math.inf for node in inventory]
 
-    def __post_init__(self) -> None:
-        self.left = [[1.0] * node.num_gpus for node in self.inventory]
+    def take(self, placement: Placement, nodes: Iterable[Node], gib: Mapping[Card | None, float]) -> Seat | None:
+        """Seat a replica on the fullest of ``nodes`` that has room, and take it. None where none has.
 
-    def take(self, placement: Placement, nodes: Iterable[Node]) -> Seat | None:
-        """Seat a replica on the fullest of ``nodes`` that has room, and take its GPUs. None where none has."""
+        Args:
+            gib: what a rank needs on each kind of card, or, for ranks on CPUs, of main memory.
+        """
         allowed = list(nodes)
         seats = [
-            (sum(left), i, gpus)
-            for i, (node, left) in enumerate(zip(self.inventory, self.left, strict=True))
-            if node in allowed and (gpus := _seat(left, placement)) is not None
+            (sum(self._share[i]), i, gpus)
+            for i, node in enumerate(self.inventory)
+            if node in allowed and (gpus := self._seat(i, placement, gib.get(node.card, 0.0))) is not None
         ]
         if not seats:
             return None
         _, index, gpus = min(seats)
+        needed = gib.get(self.inventory[index].card, 0.0)
         for gpu in gpus:
-            self.left[index][gpu] -= placement.num_gpus
+            self._share[index][gpu] -= placement.num_gpus
+            self._gib[index][gpu] -= needed
+        if not gpus:
+            self._host_gib[index] -= needed * placement.num_ranks
         return Seat(self.inventory[index], gpus)
 
     def largest(self) -> int:
         """The most whole GPUs that are free on one node."""
-        return max((sum(each > 1 - EPSILON for each in left) for left in self.left), default=0)
+        return max((sum(each > 1 - EPSILON for each in share) for share in self._share), default=0)
 
-
-def _seat(left: list[float], placement: Placement) -> tuple[int, ...] | None:
-    """GPUs for all ranks of a replica, the ones with least room first, so that whole ones stay whole."""
-    if not placement.num_gpus:
-        return ()
-    room, gpus = list(left), []
-    for _ in range(placement.num_ranks):
-        fitting = [(each, gpu) for gpu, each in enumerate(room) if each > placement.num_gpus - EPSILON]
-        if not fitting:
-            return None
-        _, gpu = min(fitting)
-        room[gpu] -= placement.num_gpus
-        gpus.append(gpu)
-    return tuple(gpus)
+    def _seat(self, index: int, placement: Placement, gib: float) -> tuple[int, ...] | None:
+        """GPUs for all ranks of a replica, the ones with least room first, so that whole ones stay whole."""
+        if not placement.num_gpus:
+            return () if gib * placement.num_ranks <= self._host_gib[index] else None
+        share, room, gpus = list(self._share[index]), list(self._gib[index]), []
+        for _ in range(placement.num_ranks):
+            fitting = [
+                (left, gpu)
+                for gpu, left in enumerate(share)
+                # A GPU that nobody shares may be too small: that is told in another way.
+                if left > placement.num_gpus - EPSILON and (left > 1 - EPSILON or room[gpu] >= gib)
+            ]
+            if not fitting:
+                return None
+            _, gpu = min(fitting)
+            share[gpu] -= placement.num_gpus
+            room[gpu] -= gib
+            gpus.append(gpu)
+        return tuple(gpus)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec, Pipeline
@@ -15,7 +15,7 @@ from omni_ray.plan.inventory import Inventory, Node, describe
 from omni_ray.plan.language import language
 from omni_ray.plan.memory import Memory, ar_memory, dit_memory
 from omni_ray.plan.parts import parts_of
-from omni_ray.plan.placement import FreeGpus, Placement, Seat, num_replicas, place
+from omni_ray.plan.placement import Free, Placement, Seat, num_replicas, place
 from omni_ray.plan.refusals import Refusal, group_refusals
 from omni_ray.plan.request import Request, default_request
 from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds
@@ -45,6 +45,7 @@ class GroupPlan:
     need: Need | None = None
     unknown: str = ""
     """Why there is no ``need``: nothing of the checkpoint is on this machine, or its config is of no known kind."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Plan:
         return next(each.placement for each in self.groups if each.group.id == group_id)
 
 
-def make_plan(spec: OmniSpec, inventory: Inventory, free: FreeGpus | None = None) -> Plan:
+def make_plan(spec: OmniSpec, inventory: Inventory, free: Free | None = None) -> Plan:
     """Plan every group. The groups that are hardest to seat come first, so that they find whole nodes.
 
     ``free`` is what other applications have left of the inventory; what this one takes is taken from it.
     """
-    free = free or FreeGpus(inventory)
+    free = free or Free(inventory)
     has_gpus = any(node.num_gpus for node in inventory)
     groups = [(i, model) for i, model in enumerate(spec.models) if not isinstance(model, Pipeline)]
     hardest = sorted(groups, key=lambda each: -each[1].parallel.num_ranks * each[1].num_gpus)
@@ -78,7 +79,7 @@ def make_plan(spec: OmniSpec, inventory: Inventory, free: FreeGpus | None = None
 
 
 def _plan_group(
-    index: int, group: ArGroup | DitGroup, inventory: Inventory, free: FreeGpus, placement: Placement
+    index: int, group: ArGroup | DitGroup, inventory: Inventory, free: Free, placement: Placement
 ) -> GroupPlan:
     nodes = [node for node in inventory if node.num_gpus or not placement.num_gpus]
     checkpoint, needs, unknown, refusals = None, {}, "", []
@@ -94,17 +95,36 @@ def _plan_group(
     if group.device == "cuda" and not placement.num_gpus:
         message = "cuda, but no node has a GPU; set device: auto, or add a GPU node"
         refusals.append(Refusal(index, "device", message, is_final=True))
+    gib = {card: need.memory.needed_gib for card, need in needs.items()}
     roomy = [node for node in nodes if needs and needs[node.card].memory.fits]
     seats: list[Seat] = []
-    while len(seats) < num_replicas(group) and (seat := free.take(placement, roomy or nodes)):
+    while len(seats) < num_replicas(group) and (seat := free.take(placement, roomy or nodes, gib)):
         seats.append(seat)
     card = seats[0].node.card if seats else max((node.card for node in nodes), key=lambda each: each.gib if each else 0)
     need = needs.get(card)
     if need and not need.memory.fits:
         refusals.append(_too_large(index, group, need.memory, card))
     if len(seats) < num_replicas(group):
-        refusals.append(_no_room(index, group, placement, inventory, len(seats), free))
-    return GroupPlan(index, group, placement, tuple(seats), card, tuple(refusals), checkpoint, need, unknown)
+        refusals.append(_no_room(index, group, placement, inventory, len(seats), free, gib.get(card, 0.0)))
+    notes = tuple(_notes(group, placement, needs, nodes, card))
+    return GroupPlan(index, group, placement, tuple(seats), card, tuple(refusals), checkpoint, need, unknown, notes)
+
+
+def _notes(
+    group: ArGroup | DitGroup,
+    placement: Placement,
+    needs: dict[Card | None, Need],
+    nodes: list[Node],
+    card: Card | None,
+) -> Iterator[str]:
+    """What works, but not as one might think."""
+    need, gpus = needs.get(card), placement.num_ranks * placement.num_gpus
+    elsewhere = [node for node in nodes if node.num_gpus >= gpus > 0 and node.card in needs]
+    small = [node.name for node in elsewhere if not needs[node.card].memory.fits]
+    if need and need.memory.fits and small:
+        yield f"Ray knows no GiB of GPUs, and may place it on {', '.join(small)} too, where it does not fit"
+    if need and need.request and isinstance(group, DitGroup) and need.request.branches < group.parallel.cfg:
+        yield "cfg 2, but by default a step has one forward here: half of the ranks idle; see defaults"
 
 
 def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placement: Placement) -> Need:
@@ -118,7 +138,7 @@ def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placeme
             kind = component.config.get("model_type")
             raise ConfigError(f"{group.source}: the plan knows no model_type {kind!r} yet, so it cannot tell its size")
         memory = ar_memory(group, model, component, budget, on_gpu)
-        tokens = ar_tokens_per_s(group, model, node.card) if on_gpu and node.card else None
+        tokens = ar_tokens_per_s(group, model, component, node.card) if on_gpu and node.card else None
         return Need(memory, tokens_per_s=tokens)
     parts = parts_of(checkpoint)
     vae = next((part.model for part in parts if isinstance(part.model, Autoencoder)), autoencoder({}))
@@ -146,7 +166,8 @@ def _no_room(
     placement: Placement,
     inventory: Inventory,
     num_seated: int,
-    free: FreeGpus,
+    free: Free,
+    gib: float,
 ) -> Refusal:
     ranks, gpus = placement.num_ranks, placement.num_ranks * placement.num_gpus
     largest = max(inventory, key=lambda node: node.num_gpus)
@@ -158,13 +179,17 @@ def _no_room(
             else f"the node {largest.name!r} has {largest.num_gpus} GPUs"
         )
         return Refusal(index, "parallel", f"{axes} = {ranks} ranks, but {has}; lower one of them")
-    total = sum(node.num_gpus for node in inventory)
     wanted = f"{counted(num_replicas(group), 'replica')} x {counted(ranks, 'rank')}"
+    if not gpus:
+        message = f"{wanted} of {gib:.1f} GiB each, but the main memory has room for {num_seated}; lower it"
+        return Refusal(index, "num_replicas", message)
+    total = sum(node.num_gpus for node in inventory)
+    sharing = f"; ranks that share a GPU have to fit it together, with {gib:.1f} GiB each" if group.num_gpus < 1 else ""
     return Refusal(
         index,
         "num_replicas",
         f"{wanted}, but of the {total} GPUs ({describe(inventory)}) the other groups leave room for {num_seated}, "
-        f"and {free.largest()} GPUs on one node at most; lower it, or add a node",
+        f"and {free.largest()} GPUs on one node at most{sharing}; lower it, or add a node",
     )
 
 

@@ -42,6 +42,8 @@ def _group(plan: GroupPlan) -> Iterator[str]:
         if plan.need.memory.kv_cache:
             yield f"  KV cache  {_kv_cache(plan.need.memory.kv_cache)}"
         yield f"  speed     {_speed(plan.need, plan.card)}"
+    for note in plan.notes:
+        yield f"  note      {note}"
 
 
 def _seats(seats: tuple[Seat, ...]) -> Iterator[str]:

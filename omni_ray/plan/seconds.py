@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from omni_ray.config.spec import ArGroup, DitGroup
 from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
+from omni_ray.plan.checkpoint import Component
 from omni_ray.plan.language import Language
 from omni_ray.plan.linear import Transformer
-from omni_ray.plan.memory import QUANTIZED_BYTES
+from omni_ray.plan.memory import bytes_per_weight
 from omni_ray.plan.parts import Part
 from omni_ray.plan.request import Request
 
@@ -104,9 +105,9 @@ def _once_s(part: Part, request: Request, card: Card) -> float:
     return 0.0
 
 
-def ar_tokens_per_s(group: ArGroup, model: Language, card: Card) -> float | None:
+def ar_tokens_per_s(group: ArGroup, model: Language, component: Component, card: Card) -> float | None:
     """The most that one request can get: each token reads the weights that it is multiplied with once."""
     if not card.memory_gbs:
         return None
-    width = QUANTIZED_BYTES.get((group.quantization or "").split("_")[0], 4 if group.dtype == "float32" else 2)
-    return card.memory_gbs * 1e9 * group.parallel.tensor / (model.num_active_weights * width)
+    num_bytes = model.num_active_weights * bytes_per_weight(group, model, component)
+    return card.memory_gbs * 1e9 * group.parallel.tensor / num_bytes

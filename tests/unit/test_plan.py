@@ -13,8 +13,8 @@ import pytest
 from omni_ray.config.load import load
 from omni_ray.config.spec import OmniSpec
 from omni_ray.errors import ConfigError
-from omni_ray.plan.inventory import local_inventory, parse_inventory, unknown_node
-from omni_ray.plan.placement import FreeGpus
+from omni_ray.plan.inventory import Node, local_inventory, parse_inventory, unknown_node
+from omni_ray.plan.placement import Free
 from omni_ray.plan.plan import GroupPlan, Plan, make_plan
 from tests import plans
 
@@ -155,10 +155,29 @@ def test_ranks_that_share_gpus() -> None:
     assert [seat.gpus for seat in plan.seats] == [(0,), (0,), (1,)]
 
 
+def test_ranks_that_share_a_gpu_fit_it_together() -> None:
+    plan = plan_of(Z_IMAGE | {"num_gpus": 0.25, "num_replicas": 4}, inventory="1xH100-80G")
+    assert "1 rank, but of the 1 GPUs" in plan.refusals[0].message
+    assert "ranks that share a GPU have to fit it together" in plan.refusals[0].message
+    assert len(plan.groups[0].seats) == 3
+
+
 def test_a_model_goes_where_it_fits() -> None:
     spec = OmniSpec.model_validate({"models": [FLUX]})
-    plan = make_plan(spec, parse_inventory(["8xRTX4090-24G", "1xH100-80G"]))
-    assert only(plan).seats[0].node.name == "node-1"
+    plan = only(make_plan(spec, parse_inventory(["8xRTX4090-24G", "1xH100-80G"])))
+    assert plan.seats[0].node.name == "node-1"
+    assert plan.notes == ("Ray knows no GiB of GPUs, and may place it on node-0 too, where it does not fit",)
+
+
+def test_guidance_ranks_without_guidance_are_noted() -> None:
+    assert only(plan_of(FLUX | {"parallel": {"cfg": 2}})).notes[0].startswith("cfg 2, but by default")
+    assert not only(plan_of(QWEN_IMAGE | {"parallel": {"cfg": 2}})).notes
+
+
+def test_ranks_on_cpus_fit_the_main_memory_together() -> None:
+    spec = OmniSpec.model_validate({"models": [{"name": "x", "type": "ar", "source": "demo:chat", "num_replicas": 9}]})
+    plan = make_plan(spec, (Node("here", None, 0, host_gib=8.0),))
+    assert "9 replicas x 1 rank of 2.0 GiB each, but the main memory has room for 3" in plan.refusals[0].message
 
 
 def test_without_gpus_ranks_run_on_cpus() -> None:
@@ -169,7 +188,7 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
 
 def test_applications_share_the_nodes() -> None:
     nodes = parse_inventory(["1xH100-80G"])
-    free = FreeGpus(nodes)
+    free = Free(nodes)
     spec = OmniSpec.model_validate({"models": [FLUX]})
     assert not make_plan(spec, nodes, free).refusals
     assert "leave room for 0" in make_plan(spec, nodes, free).refusals[0].message

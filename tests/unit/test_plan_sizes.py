@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from omni_ray.config import catalog
 from omni_ray.errors import ConfigError
 from omni_ray.plan.checkpoint import SHAPES, Component, read_checkpoint
 from omni_ray.plan.parts import parts_of
+from omni_ray.plan.transformers import transformer
 from tests.tiny_ar import build_tiny_ar
 from tests.tiny_dit import FAMILIES, build
 
@@ -78,6 +81,25 @@ def test_a_tensor_parallel_rank_holds_its_part_of_attention_and_feed_forward() -
     one, two, four = (part.num_bytes(2, tensor) / GIB for tensor in (1, 2, 4))
     assert 0.6 < two / one < 0.7  # its modulation, over a fourth of it, is on every rank
     assert one - two == pytest.approx(2 * (two - four), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, family in catalog.FAMILIES.items() if family.tensor])
+def test_tensor_parallelism_divides_what_the_catalog_divides(name: str) -> None:
+    plan, cls = catalog.FAMILIES[name].tensor, getattr(importlib.import_module("diffusers"), name)
+    assert plan
+    with torch.device("meta"):
+        model = cls()
+    linears = cls._tp_plan if plan.linears is None else plan.linears
+    rows = {pattern for pattern, how in linears.items() if how == "rowwise" or "Rowwise" in type(how).__name__}
+    divided = 0
+    for module_name, module in model.named_modules():
+        for pattern in linears:
+            if re.fullmatch(re.escape(pattern.removesuffix("?")).replace(r"\*", r"\d+"), module_name):
+                bias = 0 if module.bias is None or pattern in rows else module.bias.numel()
+                divided += module.weight.numel() + bias
+    known = transformer({"_class_name": name, **model.config})
+    assert known
+    assert known.params_per_rank(2) == pytest.approx(num_params(model) - divided / 2, rel=1e-4)
 
 
 def test_the_index_says_which_files_count(tmp_path: Path) -> None:
