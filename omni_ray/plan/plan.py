@@ -17,7 +17,7 @@ from omni_ray.plan.memory import Memory, ar_memory, dit_memory
 from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Free, Placement, Seat, num_replicas, place
 from omni_ray.plan.refusals import Refusal, group_refusals
-from omni_ray.plan.request import Request, default_request
+from omni_ray.plan.request import Request, default_request, largest_request
 from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds
 
 
@@ -29,6 +29,10 @@ class Need:
     request: Request | None = None
     estimate: Estimate | None = None
     tokens_per_s: float | None = None
+    largest: Request | None = None
+    """The largest request that ``limits`` allow, where memory does not allow it."""
+    safe_pixels: int = 0
+    """What ``limits.max_pixels`` could then be; 0 is nothing."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,9 @@ def _notes(
         yield f"Ray knows no GiB of GPUs, and may place it on {', '.join(small)} too, where it does not fit"
     if need and need.request and isinstance(group, DitGroup) and need.request.branches < group.parallel.cfg:
         yield "cfg 2, but by default a step has one forward here: half of the ranks idle; see defaults"
+    if need and need.largest:
+        change = f"set limits.max_pixels to {need.safe_pixels}" if need.safe_pixels else "lower limits.max_frames"
+        yield f"limits allow {need.largest}, which does not fit beside the weights; {change}"
 
 
 def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placement: Placement) -> Need:
@@ -145,7 +152,13 @@ def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placeme
     request = default_request(group, checkpoint, vae)
     memory = dit_memory(group, parts, request, budget, on_gpu)
     estimate = dit_seconds(group, parts, request, node.card) if on_gpu and node.card else None
-    return Need(memory, request, estimate)
+    largest = largest_request(group, request, vae, group.limits.max_pixels)
+    if not memory.fits or dit_memory(group, parts, largest, budget, on_gpu).fits:
+        return Need(memory, request, estimate)
+    sizes = [largest_request(group, request, vae, group.limits.max_pixels * part // 32) for part in range(31, 0, -1)]
+    safe = [size for size in sizes if dit_memory(group, parts, size, budget, on_gpu).fits]
+    pixels = safe[0].width * safe[0].height if safe else 0
+    return Need(memory, request, estimate, largest=largest, safe_pixels=pixels)
 
 
 def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card | None) -> Refusal:

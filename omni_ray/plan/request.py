@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,18 +62,33 @@ def default_request(group: DitGroup, checkpoint: Checkpoint, vae: Autoencoder) -
     """The group's request where a client says nothing but a prompt."""
     own = PIPELINES.get(checkpoint.pipeline, UNKNOWN)
     values: dict[str, Any] = checkpoint.defaults | group.defaults
-    width, height = int(values.get("width", own.size[0])), int(values.get("height", own.size[1]))
-    frames = int(values.get("num_frames", own.size[2]))
     guided = bool(own.guidance) and float(values.get(own.guidance, own.scale)) > own.off
     if own.needs_prompt and group.parallel.cfg == 1:
         guided = guided and values.get("negative_prompt") is not None
-    tokens = (width // (2 * vae.spatial)) * (height // (2 * vae.spatial)) * ((frames - 1) // vae.temporal + 1)
-    return Request(
-        width=width,
-        height=height,
-        frames=frames,
+    request = Request(
+        width=0,
+        height=0,
+        frames=1,
         steps=int(values.get("num_inference_steps", own.steps)),
         branches=2 if guided else 1,
-        image_tokens=tokens,
+        image_tokens=0,
         text_tokens=own.text,
     )
+    width, height, frames = (
+        int(values.get(name, size)) for name, size in zip(("width", "height", "num_frames"), own.size, strict=True)
+    )
+    return resize(request, vae, width, height, frames)
+
+
+def resize(request: Request, vae: Autoencoder, width: int, height: int, frames: int) -> Request:
+    """The request for another size; a token of a transformer is 2 x 2 latents."""
+    edge = 2 * vae.spatial
+    tokens = (width // edge) * (height // edge) * ((frames - 1) // vae.temporal + 1)
+    return dataclasses.replace(request, width=width, height=height, frames=frames, image_tokens=tokens)
+
+
+def largest_request(group: DitGroup, request: Request, vae: Autoencoder, num_pixels: int) -> Request:
+    """The request for a square of ``num_pixels``, and, where it is one for a video, of the most frames allowed."""
+    edge = 2 * vae.spatial
+    side = max(edge, math.isqrt(num_pixels) // edge * edge)
+    return resize(request, vae, side, side, group.limits.max_frames if request.frames > 1 else 1)

@@ -2,7 +2,7 @@
 
 One forward takes: its matrix products at the card's rate, its attention at the attention kernel's, the passes of
 everything else over the activations at the memory's, and what the ranks exchange at the link's. The constants are
-fitted to FLUX.1-dev, Qwen-Image and Z-Image on an H200, and hold there and on an H100 within 10%.
+fitted to FLUX.1-dev, Qwen-Image and Z-Image on an H200; tests hold them to measured and published figures within 15%.
 """
 
 from __future__ import annotations

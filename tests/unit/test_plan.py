@@ -109,6 +109,23 @@ def test_seconds_of_an_image_on_an_h100(model: dict[str, Any], measured_s: float
     assert need.estimate.seconds == pytest.approx(measured_s, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("model", "more", "published_s"),
+    [
+        (FLUX | COMPILED, {"parallel": {"ulysses": 4}}, 1.63),  # xDiT, 28 steps
+        (FLUX | COMPILED, {"parallel": {"ulysses": 2}, "defaults": {"num_inference_steps": 50}}, 4.24),  # SGLang
+        (QWEN_IMAGE | COMPILED, {"parallel": {"cfg": 2}}, 6.7),  # SGLang, 50 steps
+    ],
+)
+def test_seconds_on_several_h100s(model: dict[str, Any], more: dict[str, Any], published_s: float) -> None:
+    """Others' figures. SGLang attends with FlashAttention 3, xDiT's run is PyTorch's default."""
+    backend = {} if published_s < 2 else {"attention": {"backend": "_flash_3"}}
+    need = only(plan_of(model | more | backend, inventory="4xH100-80G")).need
+    assert need
+    assert need.estimate
+    assert need.estimate.seconds == pytest.approx(published_s, rel=0.15)
+
+
 def test_tflop_of_a_forward() -> None:
     """As diffusers' profiler and cache-dit count them."""
     for model, tflop in ((FLUX, 74.4), (QWEN_IMAGE, 69.3), (Z_IMAGE, 55.6)):
@@ -167,6 +184,14 @@ def test_a_model_goes_where_it_fits() -> None:
     plan = only(make_plan(spec, parse_inventory(["8xRTX4090-24G", "1xH100-80G"])))
     assert plan.seats[0].node.name == "node-1"
     assert plan.notes == ("Ray knows no GiB of GPUs, and may place it on node-0 too, where it does not fit",)
+
+
+def test_limits_that_memory_does_not_allow_are_noted() -> None:
+    tight = Z_IMAGE | {"memory": {"gpu_memory_utilization": 0.95}}
+    note = only(plan_of(tight, inventory="1xRTX4090-24G")).notes[0]
+    assert note.startswith("limits allow 2048x2048, which does not fit beside the weights; set limits.max_pixels to ")
+    safe = {"limits": {"max_pixels": int(note.split()[-1])}}
+    assert not only(plan_of(tight | safe, inventory="1xRTX4090-24G")).notes
 
 
 def test_guidance_ranks_without_guidance_are_noted() -> None:
