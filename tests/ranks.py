@@ -1,7 +1,8 @@
 """One CPU rank of a gang, without Ray: ``python -m tests.ranks INDEX SIZE PORT CASES RESULTS``.
 
-For each case (family, parallel degrees) the ranks run six requests of mixed sizes and step counts side by side, one of
-them cancelled midway. The first rank writes how far each image is from the one that a single rank makes.
+For each case (family, parallel degrees) the ranks run seven requests of mixed sizes and step counts side by side; one is
+cancelled midway, one fails in the decoder. The first rank writes how far each image is from the one that a single rank
+makes.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from omni_ray.messages import Failure, Job, StepEvent, Usage
 from tests.tiny_dit import build
 
 MIXED = [("a red circle", 64, 64, 4), ("a blue house by the sea", 64, 96, 6), ("a tree", 96, 64, 3)]
+FAILING = (96, 96)
 MIXED += [("two yellow birds", 64, 64, 5), ("a ship", 64, 96, 4)]
 
 
 def jobs_of(family: str) -> list[Job]:
-    """Five requests that end, and a sixth that would take long."""
+    """Five requests that end, one that cannot be decoded, and one that would take long."""
     own: dict[str, Any] = {"output_type": "np"}
     own |= {"num_frames": 5} if family.startswith("wan") else {}
     own |= {"negative_prompt": "dull"} if family in ("qwen_image", "wan", "sd3", "z_image") else {}
     own |= {"true_cfg_scale": 2.0} if family == "qwen_image" else {}
-    requests = [*MIXED, ("never done", 64, 64, 150)]
+    requests = [*MIXED, ("too large", *FAILING, 2), ("never done", 64, 64, 150)]
     return [
         Job(
             id=f"{family}-{i}",
@@ -59,14 +61,15 @@ def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) ->
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     jobs, wanted, made = jobs_of(family), {}, {}
-    for job in jobs[:-1] if leads else []:
+    for job in jobs[:5] if leads else []:
         wanted[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
     parallel = DitParallel(**degrees)
     mesh = build_mesh(parallel, "cpu")
     apply_parallel(pipe, parallel, mesh)
     exchange = Exchange(mesh) if parallel.cfg > 1 else None
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
-    loop = EngineLoop(pipe, Batching(max_num_seqs=6), Lockstep(), exchange)
+    _fail_to_decode(pipe.vae)
+    loop = EngineLoop(pipe, Batching(max_num_seqs=7), Lockstep(), exchange)
     loop.start()
     if not leads:
         loop.join()
@@ -78,6 +81,18 @@ def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) ->
     cancelled = [i for i, e in last.items() if isinstance(e, Failure) and isinstance(e.error, Cancelled)]
     error = max((float(np.abs(made[i] - wanted[i]).max()) for i in wanted if i in made), default=None)
     return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made)}
+
+
+def _fail_to_decode(vae: Any) -> None:
+    """Makes the decoder refuse latents of the size FAILING."""
+    decode = vae.decode
+
+    def picky(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tuple(latents.shape[-2:]) == tuple(edge // 8 for edge in FAILING):
+            raise ValueError("no such size")
+        return decode(latents, *args, **kwargs)
+
+    vae.decode = picky
 
 
 def _follow(loop: EngineLoop, job: Job, cancel_after: int | None) -> queue.SimpleQueue[Any]:

@@ -70,7 +70,15 @@ def signature(call: Call) -> Hashable:
     """Two calls may be joined exactly if their signatures are equal."""
     size = batch_size(call)
     leaves, tree = _flatten(call, size)
-    return call.name, call.method, call.autocast, str(tree), tuple(_leaf_signature(leaf, size) for leaf in leaves)
+    positions = tuple(_fingerprint(value) for name, value in sorted(call.kwargs.items()) if _is_positions(name, value))
+    kinds = tuple(_leaf_signature(leaf, size) for leaf in leaves)
+    return call.name, call.method, call.autocast, str(tree), kinds, positions
+
+
+def _is_positions(name: str, value: Any) -> bool:
+    """Whether it is a transformer's position ids. FLUX.2 reads the first request's for the whole batch, so that an
+    upright and a lying image of as many tokens must not be joined."""
+    return name in ("img_ids", "txt_ids") and isinstance(value, Tensor)
 
 
 def join(calls: list[Call]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from omni_ray.engine.lockstep import confirm_failure
 from omni_ray.errors import EngineFailed
 
 Answer = Any
@@ -24,10 +25,13 @@ class Exchange:
         self._device = torch.device(mesh.device_type)
         self._data = axis.get_group()
         self._ranks: list[int] = dist.get_process_group_ranks(self._data)
-        # Made on all ranks, as torch wants it: each keeps the one that it is in.
-        cells = mesh.mesh.movedim(list(mesh.mesh_dim_names or ()).index("cfg"), -1).reshape(-1, self.size).tolist()
-        groups = [dist.new_group(cell, backend="gloo") for cell in cells]
-        self._words = groups[cells.index(self._ranks)]
+        by_part = mesh.mesh.movedim(list(mesh.mesh_dim_names or ()).index("cfg"), 0).reshape(self.size, -1)
+        self._words = gloo_group(by_part.T.tolist())
+        self._own_part = gloo_group(by_part.tolist())
+
+    def confirm_failure(self) -> None:
+        """As `Lockstep.confirm_failure`, among the ranks of this part: the others computed something else."""
+        confirm_failure(self._own_part)
 
     def all(self, own: list[Answer]) -> list[list[Answer]]:
         """Every part's answers, in the order of the parts; ``own`` are this one's."""
@@ -47,6 +51,12 @@ class Exchange:
                     leaves.append(tensor)
             answers.append(pytree.tree_unflatten(leaves, spec) if spec is not None else EngineFailed(str(error)))
         return own if sends else answers
+
+
+def gloo_group(cells: list[list[int]]) -> Any:
+    """The group of this rank's cell. All ranks make all groups, as torch wants it."""
+    groups = [dist.new_group(cell, backend="gloo") for cell in cells]
+    return next(group for cell, group in zip(cells, groups, strict=True) if dist.get_rank() in cell)
 
 
 def _describe(answer: Answer) -> tuple[str | None, pytree.TreeSpec | None, list[tuple[torch.Size, torch.dtype]]]:

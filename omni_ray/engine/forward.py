@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,14 @@ class Forward:
     """Runs calls on ``pipe``'s modules. ``alone`` names the module methods whose answers could not be cut.
 
     On a cfg axis each part of the gang computes its own share of the calls, and ``exchange`` brings the answers of the
-    others.
+    others. ``confirm`` is called after a failure, and raises if it is the gang's and not the request's.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, clock: DeviceClock, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, clock: DeviceClock, confirm: Callable[[], None], exchange: Exchange | None
+    ) -> None:
         self.alone: set[tuple[str, str]] = set()
+        self._confirm = confirm
         self._pipe = pipe
         self._clock = clock
         self._exchange = exchange
@@ -61,6 +65,7 @@ class Forward:
         try:
             own = self._forward([call], *batch.part(call, exchange.index, exchange.size))
         except Exception as error:
+            self._confirm()
             own = error
         parts = [part for (part,) in exchange.all([own])]
         return next((part for part in parts if isinstance(part, BaseException)), None) or batch.concat(parts)
@@ -82,6 +87,7 @@ class Forward:
                 len(calls),
             )
         except Exception as error:  # the lanes whose forward it was fail; the others go on
+            self._confirm()
             return [error] * len(calls)
         return [answer for call in calls for answer in self._run([call], charged)]
 

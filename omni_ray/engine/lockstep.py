@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from omni_ray.messages import Job
 
+CONFIRM_TIMEOUT = timedelta(seconds=20)
 HEARTBEAT_S = 30.0
 """An idle leader says so this often, lest its followers take it for dead (``world.TIMEOUT``)."""
 
@@ -42,6 +45,9 @@ class Alone:
     def agree(self, decide: Callable[[], Turn]) -> Turn:
         return decide()
 
+    def confirm_failure(self) -> None:
+        """A forward failed: there is no other rank to ask."""
+
 
 class Lockstep:
     """The turns of a gang, on every rank. Made in the same order on all of them: it opens a process group."""
@@ -62,3 +68,13 @@ class Lockstep:
         dist.broadcast_object_list(box, src=0, group=self._group)
         assert box[0] is not None
         return box[0]
+
+    def confirm_failure(self) -> None:
+        """See :func:`confirm_failure`."""
+        confirm_failure(self._group)
+
+
+def confirm_failure(group: Any) -> None:
+    """Called by the ranks of ``group`` where a forward failed: returns if it failed on all of them, as a bad request's
+    does. Raises if a rank is gone: then it was not the request's fault, and the gang is at its end."""
+    dist.all_reduce(torch.ones(1), group=group, async_op=True).wait(CONFIRM_TIMEOUT)

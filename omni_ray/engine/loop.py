@@ -51,7 +51,7 @@ class EngineLoop:
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
         self._clock = DeviceClock(torch.device(pipe.device))
-        self._forward = Forward(pipe, self._clock, exchange)
+        self._forward = Forward(pipe, self._clock, (exchange or self._lockstep).confirm_failure, exchange)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()
         self._inbox: list[tuple[Job, Emit]] = []

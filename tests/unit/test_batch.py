@@ -13,7 +13,7 @@ from omni_ray.engine.gate import Call
 
 
 def call(*args: Any, name: str = "transformer", method: str = "forward", **kwargs: Any) -> Call:
-    lane: Any = SimpleNamespace(id=str(id(args)), branch=None, device=torch.device("cpu"))
+    lane: Any = SimpleNamespace(id=str(id(args)), num_calls=0, branch=None, device=torch.device("cpu"))
     made = Call(lane, name, method, args, kwargs)
     made.key, made.tokens = batch.signature(made), batch.num_tokens(made)
     return made
@@ -47,10 +47,16 @@ def test_equal_shapes_join_and_split() -> None:
         call(torch.zeros(1, 4, 2), ids=IDS, scale=2),
         call(torch.zeros(1, 4, 2), ids=IDS, scale=1, name="transformer_2"),
         call(torch.zeros(1, 4, 2), ids=None, scale=1),
+        call(torch.zeros(1, 4, 2), ids=IDS, scale=1, img_ids=IDS[None]),
     ],
 )
 def test_what_differs_is_not_joined(other: Call) -> None:
     assert call(torch.zeros(1, 4, 2), ids=IDS, scale=1).key != other.key
+
+
+def test_an_upright_and_a_lying_image_are_not_joined() -> None:
+    upright, lying = (call(torch.zeros(1, 4, 2), img_ids=ids[None]) for ids in (IDS, IDS.flip(0)))
+    assert upright.key != lying.key
 
 
 def test_broadcast_tensors_are_widened() -> None:
