@@ -24,6 +24,10 @@ PACKED_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 """Bytes of a value in the number formats of safetensors that a load leaves as they are; of all others 1."""
 
 
+WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor", "Guid")
+"""What is in the names of the classes of a pipeline's components that have no weights."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A part with weights. ``cls`` is its class; ``num_params`` is 0 where no weights are here.
@@ -71,10 +75,11 @@ def read_checkpoint(source: str) -> Checkpoint:
         cls = next(iter(config.get("architectures") or ()), "")
         return Checkpoint(folder, "", (_component(folder, "model", "transformers", cls, config),), {})
     entries = _json(index)
+    named = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2 and entry[0]}
     parts = [
-        _component(folder / name, name, entry[0], entry[1], _json(folder / name / "config.json"))
-        for name, entry in entries.items()
-        if isinstance(entry, list) and entry and entry[0] and (folder / name / "config.json").is_file()
+        _component(folder / name, name, library, cls, _json(folder / name / "config.json"))
+        for name, (library, cls) in named.items()
+        if not any(word in cls for word in WITHOUT_WEIGHTS)
     ]
     shipped = folder / "omni_ray.json"
     defaults = _json(shipped).get("defaults", {}) if shipped.is_file() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,13 @@ from pydantic import ValidationError
 
 from omni_ray.config.spec import DitGroup, OmniSpec
 from omni_ray.plan.cards import CARDS, Card
+from omni_ray.plan.checkpoint import read_checkpoint
 from omni_ray.plan.placement import num_replicas
 from omni_ray.plan.plan import GroupPlan, Plan, make_plan
 
 MAX_FIXES = 4
-MAX_TRIALS = 400
+MAX_CHOICES = 100_000
+MAX_TRIALS = 300
 MAX_UTILIZATION = 0.95
 DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 LENGTHS = (32768, 16384, 8192, 4096)
@@ -59,37 +62,65 @@ class Fix:
 
 def find_fixes(plan: Plan) -> list[Fix]:
     """At most a few fixes that change different keys, the cheapest first; empty where nothing makes everything fit."""
+    search = _Search(plan)
     refused = [group for group in plan.groups if group.refusals]
     if not refused:
         return []
     changes = [sorted(_candidates(group, plan), key=lambda each: each.cost) for group in refused]
-    found = _first_of(plan, itertools.product(*changes))
-    if not found and len(refused) == 1:
-        pairs = itertools.combinations(changes[0], 2)
-        found = _first_of(plan, (pair for pair in pairs if not _overlap(pair)))
-    return found + _other_cards(plan)
+    useful = [[(), *((change,) for change in each if search.helps(change))] for each in changes]
+    found = search.first_of(tuple(itertools.chain(*choice)) for choice in itertools.product(*useful))
+    if not found:
+        pairs = itertools.chain(*(itertools.combinations(each, 2) for each in changes))
+        found = search.first_of(pair for pair in pairs if not _overlap(pair))
+    return found + search.other_cards()
 
 
-def _first_of(plan: Plan, choices: Iterable[tuple[Change, ...]]) -> list[Fix]:
-    """The cheapest choices that work, one for each set of keys."""
-    found: dict[Any, Fix] = {}
-    for choice in itertools.islice(sorted(choices, key=_cost), MAX_TRIALS):
-        fix = Fix(choice, "")
-        if fix.keys not in found and len(found) < MAX_FIXES and (result := _try(plan, choice)):
-            found[fix.keys] = Fix(choice, result)
-    return list(found.values())
+class _Search:
+    """Plans again and again."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._read = functools.cache(read_checkpoint)
 
-def _other_cards(plan: Plan) -> list[Fix]:
-    """The smallest card of the hardware table on which the spec fits as it is, where memory is what lacks."""
-    if all(refusal.key != "memory" for refusal in plan.refusals):
+    def helps(self, change: Change) -> bool:
+        """Whether less is refused with the change alone."""
+        again = self._again((change,))
+        return again is not None and len(again.refusals) < len(self._plan.refusals)
+
+    def first_of(self, choices: Iterable[tuple[Change, ...]]) -> list[Fix]:
+        """The cheapest choices that work, one for each set of keys."""
+        found: dict[Any, Fix] = {}
+        cheapest = sorted(itertools.islice(filter(None, choices), MAX_CHOICES), key=_cost)
+        for choice in cheapest[:MAX_TRIALS]:
+            fix = Fix(choice, "")
+            if fix.keys in found or len(found) == MAX_FIXES:
+                continue
+            again = self._again(choice)
+            if again and not again.refusals:
+                indices = {change.index for change in choice}
+                groups = [group for group in again.groups if group.index in indices]
+                found[fix.keys] = Fix(choice, ", ".join(dict.fromkeys(map(_result, groups))))
+        return list(found.values())
+
+    def other_cards(self) -> list[Fix]:
+        """The smallest card of the hardware table on which the spec fits as it is, where memory is what lacks."""
+        plan = self._plan
+        if all(refusal.key != "memory" for refusal in plan.refusals):
+            return []
+        now = max((node.card.gib for node in plan.inventory if node.card), default=math.inf)
+        for card in sorted(CARDS.values(), key=lambda each: each.gib):
+            inventory = tuple(dataclasses.replace(node, card=card) if node.card else node for node in plan.inventory)
+            if card.gib > now and not make_plan(plan.spec, inventory, read=self._read).refusals:
+                return [Fix((), "", card)]
         return []
-    now = max((node.card.gib for node in plan.inventory if node.card), default=math.inf)
-    for card in sorted(CARDS.values(), key=lambda each: each.gib):
-        inventory = tuple(dataclasses.replace(node, card=card) if node.card else node for node in plan.inventory)
-        if card.gib > now and not make_plan(plan.spec, inventory).refusals:
-            return [Fix((), "", card)]
-    return []
+
+    def _again(self, changes: tuple[Change, ...]) -> Plan | None:
+        """The plan with the changes; None where the spec refuses them."""
+        try:
+            spec = apply(self._plan.spec, changes)
+        except ValidationError:
+            return None
+        return make_plan(spec, self._plan.inventory, copy.deepcopy(self._plan.free), self._read)
 
 
 def _cost(changes: tuple[Change, ...]) -> float:
@@ -99,18 +130,6 @@ def _cost(changes: tuple[Change, ...]) -> float:
 def _overlap(changes: tuple[Change, ...]) -> bool:
     paths = [path for change in changes for path, _ in change.values]
     return len(set(paths)) < len(paths)
-
-
-def _try(plan: Plan, changes: tuple[Change, ...]) -> str | None:
-    """What the changed groups then need, if planning again with the changes refuses nothing."""
-    try:
-        again = make_plan(apply(plan.spec, changes), plan.inventory)
-    except ValidationError:
-        return None
-    if again.refusals:
-        return None
-    indices = {change.index for change in changes}
-    return ", ".join(dict.fromkeys(_result(group) for group in again.groups if group.index in indices))
 
 
 def _result(group: GroupPlan) -> str:
@@ -152,7 +171,7 @@ def _candidates(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
     if "parallel" in keys and "memory" not in keys:
         yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
     if "num_replicas" in keys:
-        yield from _fewer_replicas(plan)
+        yield from _fewer_replicas(plan, whole)
         if group.num_gpus < 1:
             yield Change(plan.index, (("num_gpus", 1.0),), 4, "a GPU for each rank")
     if "device" in keys:
@@ -220,8 +239,19 @@ def _was(plan: GroupPlan, path: str) -> int:
     return int(getattr(plan.group.parallel, path.removeprefix("parallel.")))
 
 
-def _fewer_replicas(plan: GroupPlan) -> Iterator[Change]:
-    seated = len(plan.seats)
+def _fewer_replicas(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    """Of the group itself, as many as have room; or so many fewer of another that there is room for all."""
+    if plan.seats:
+        yield _replicas(plan, len(plan.seats), 3)
+    missing = (num_replicas(plan.group) - len(plan.seats)) * plan.placement.num_ranks * plan.placement.num_gpus
+    for other in whole.groups:
+        gpus_each = other.placement.num_ranks * other.placement.num_gpus
+        if other.index != plan.index and gpus_each:
+            left = num_replicas(other.group) - math.ceil(missing / gpus_each)
+            if left > 0:
+                yield _replicas(other, left, 3.5)
+
+
+def _replicas(plan: GroupPlan, number: int, cost: float) -> Change:
     key = "autoscaling.max_replicas" if plan.group.autoscaling else "num_replicas"
-    if seated:
-        yield Change(plan.index, ((key, seated),), 3, "fewer replicas, so less throughput")
+    return Change(plan.index, ((key, number),), cost, "fewer replicas, so less throughput")

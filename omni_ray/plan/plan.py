@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec, Pipeline
 from omni_ray.errors import ConfigError
@@ -59,6 +60,8 @@ class Plan:
     spec: OmniSpec
     inventory: Inventory
     groups: tuple[GroupPlan, ...]
+    free: Free = field(compare=False, repr=False)
+    """What of the inventory was free before this plan."""
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -69,26 +72,32 @@ class Plan:
         return next(each.placement for each in self.groups if each.group.id == group_id)
 
 
-def make_plan(spec: OmniSpec, inventory: Inventory, free: Free | None = None) -> Plan:
+def make_plan(
+    spec: OmniSpec, inventory: Inventory, free: Free | None = None, read: Callable[[str], Checkpoint] = read_checkpoint
+) -> Plan:
     """Plan every group. The groups that are hardest to seat come first, so that they find whole nodes.
 
-    ``free`` is what other applications have left of the inventory; what this one takes is taken from it.
+    Args:
+        free: what other applications have left of the inventory; what this one takes is taken from it.
+        read: the checkpoint of a source; who plans often may remember it.
     """
     free = free or Free(inventory)
+    before = copy.deepcopy(free)
     has_gpus = any(node.num_gpus for node in inventory)
     groups = [(i, model) for i, model in enumerate(spec.models) if not isinstance(model, Pipeline)]
     hardest = sorted(groups, key=lambda each: -each[1].parallel.num_ranks * each[1].num_gpus)
-    plans = [_plan_group(i, group, inventory, free, place(group, has_gpus)) for i, group in hardest]
-    return Plan(spec, inventory, tuple(sorted(plans, key=lambda plan: plan.index)))
+    plans = [_plan_group(i, group, free, place(group, has_gpus), read) for i, group in hardest]
+    return Plan(spec, inventory, tuple(sorted(plans, key=lambda plan: plan.index)), before)
 
 
 def _plan_group(
-    index: int, group: ArGroup | DitGroup, inventory: Inventory, free: Free, placement: Placement
+    index: int, group: ArGroup | DitGroup, free: Free, placement: Placement, read: Callable[[str], Checkpoint]
 ) -> GroupPlan:
+    inventory = free.inventory
     nodes = [node for node in inventory if node.num_gpus or not placement.num_gpus]
     checkpoint, needs, unknown, refusals = None, {}, "", []
     try:
-        checkpoint = read_checkpoint(group.source)
+        checkpoint = read(group.source)
         refusals = group_refusals(index, group, checkpoint)
         if not any(refusal.key == "source" for refusal in refusals):
             needs = {node.card: _need(group, checkpoint, node, placement) for node in nodes}
@@ -107,10 +116,11 @@ def _plan_group(
     card = seats[0].node.card if seats else max((node.card for node in nodes), key=lambda each: each.gib if each else 0)
     need = needs.get(card)
     if need and not need.memory.fits:
-        refusals.append(_too_large(index, group, need.memory, card))
+        refusals.append(_too_large(index, group, need.memory, card if placement.num_gpus else None))
     if len(seats) < num_replicas(group):
-        refusals.append(_no_room(index, group, placement, inventory, len(seats), free, gib.get(card, 0.0)))
+        refusals.append(_no_room(index, group, placement, len(seats), free, gib.get(card, 0.0)))
     notes = tuple(_notes(group, placement, needs, nodes, card))
+    card = card if placement.num_gpus else None
     return GroupPlan(index, group, placement, tuple(seats), card, tuple(refusals), checkpoint, need, unknown, notes)
 
 
@@ -174,14 +184,9 @@ def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card
 
 
 def _no_room(
-    index: int,
-    group: ArGroup | DitGroup,
-    placement: Placement,
-    inventory: Inventory,
-    num_seated: int,
-    free: Free,
-    gib: float,
+    index: int, group: ArGroup | DitGroup, placement: Placement, num_seated: int, free: Free, gib: float
 ) -> Refusal:
+    inventory = free.inventory
     ranks, gpus = placement.num_ranks, placement.num_ranks * placement.num_gpus
     largest = max(inventory, key=lambda node: node.num_gpus)
     if gpus > largest.num_gpus:

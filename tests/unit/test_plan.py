@@ -16,6 +16,7 @@ from omni_ray.errors import ConfigError
 from omni_ray.plan.inventory import Node, local_inventory, parse_inventory, unknown_node
 from omni_ray.plan.placement import Free
 from omni_ray.plan.plan import GroupPlan, Plan, make_plan
+from omni_ray.plan.report import report
 from tests import plans
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,14 @@ def test_limits_that_memory_does_not_allow_are_noted() -> None:
 def test_guidance_ranks_without_guidance_are_noted() -> None:
     assert only(plan_of(FLUX | {"parallel": {"cfg": 2}})).notes[0].startswith("cfg 2, but by default")
     assert not only(plan_of(QWEN_IMAGE | {"parallel": {"cfg": 2}})).notes
+
+
+def test_a_cpu_group_on_nodes_with_gpus() -> None:
+    spec = OmniSpec.model_validate({"models": [{"name": "x", "type": "ar", "source": "demo:chat", "device": "cpu"}]})
+    plan = make_plan(spec, parse_inventory(["8xH100-80G"]))
+    assert only(plan).placement.bundles == [{"CPU": 0.5}]
+    assert "of a node's main memory: fits" in report(plan)
+    assert "not estimated on a CPU" in report(plan)
 
 
 def test_ranks_on_cpus_fit_the_main_memory_together() -> None:

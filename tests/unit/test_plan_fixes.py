@@ -80,6 +80,15 @@ def test_refused_with_fixes_that_work(
         assert run("check", path) == 0
 
 
+def test_another_model_may_make_room() -> None:
+    spec = OmniSpec.model_validate({"models": [FLUX | {"num_replicas": 4}, FLUX | {"name": "b", "num_replicas": 4}]})
+    plan = make_plan(spec, parse_inventory(["6xH100-80G"]))
+    assert [str(fix).split(" (")[0] for fix in find_fixes(plan)] == [
+        "models[1] num_replicas: 2",
+        "models[0] num_replicas: 2",
+    ]
+
+
 def test_fixes_are_ranked_by_cost() -> None:
     spec = OmniSpec.model_validate({"models": [QWEN_32B]})
     fixes = find_fixes(make_plan(spec, parse_inventory(["2xH100-80G"])))

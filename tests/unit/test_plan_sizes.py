@@ -126,6 +126,21 @@ def test_what_is_not_here_is_refused_with_what_to_give(tmp_path: Path) -> None:
         read_checkpoint(str(tmp_path))
 
 
+def test_the_hub_cache_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--acme--tiny"
+    build_tiny_ar(repository / "snapshots/0123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    assert read_checkpoint("acme/tiny").components[0].num_params > 0
+
+
+def test_a_pipeline_that_is_here_in_part_is_refused(tmp_path: Path) -> None:
+    (build("flux", tmp_path) / "text_encoder_2/config.json").unlink()
+    with pytest.raises(ConfigError, match=r"text_encoder_2/config\.json cannot be read"):
+        read_checkpoint(str(tmp_path))
+
+
 def test_an_unknown_encoder_without_weights_is_refused(tmp_path: Path) -> None:
     build("flux", tmp_path)
     config = tmp_path / "text_encoder/config.json"
