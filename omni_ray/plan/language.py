@@ -51,6 +51,27 @@ def language(config: Config, cls: str = "") -> Language | None:
     return build(config, cls) if build else None
 
 
+def of_weights(config: Config, cls: str, num_params: int) -> Language | None:
+    """A decoder of a kind that is not known here, of which the weights are: blocks of the usual keys, scaled to them.
+
+    None where the config lacks those keys, or says that the KV cache is of another sort.
+    """
+    text: Config = config.get("text_config", config)
+    if "kv_lora_rank" in text or not num_params or not text.keys() >= USUAL_KEYS:
+        return None
+    model = decoder(text, cls)
+    blocks = num_params - model.num_embed_params - model.num_head_params
+    return dataclasses.replace(
+        model,
+        num_layer_params=blocks // model.num_layers,
+        num_other_params=blocks % model.num_layers,
+        num_active_weights=model.num_active_weights * num_params // model.num_params,
+    )
+
+
+USUAL_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+
+
 def decoder(config: Config, cls: str) -> Language:
     """Llama, Qwen2, Qwen3, Mistral and what else has their blocks, dense or a mixture of experts."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]

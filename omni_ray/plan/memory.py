@@ -162,7 +162,9 @@ def _ar_weights(group: ArGroup, model: Language, component: Component, width: in
     per_layer = model.num_layer_params * bytes_per_weight(group, model, component)
     tables = (model.num_embed_params + model.num_head_params + model.num_other_params) * width
     at_one_end = tables if axes.pipeline == 1 else tables / 2
-    return (layers * per_layer + at_one_end) / axes.tensor
+    # Of what the files hold beyond the language model, such as an image decoder, nobody knows how it is divided.
+    beyond = 0 if component.num_packed_bytes else max(0, component.num_params - model.num_params) * width
+    return (layers * per_layer + at_one_end) / axes.tensor + beyond
 
 
 def bytes_per_weight(group: ArGroup, model: Language, component: Component) -> float:

@@ -13,7 +13,7 @@ from omni_ray.plan.autoencoders import Autoencoder, autoencoder
 from omni_ray.plan.cards import Card
 from omni_ray.plan.checkpoint import Checkpoint, read_checkpoint
 from omni_ray.plan.inventory import Inventory, Node, describe
-from omni_ray.plan.language import language
+from omni_ray.plan.language import language, of_weights
 from omni_ray.plan.memory import Memory, ar_memory, dit_memory
 from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Free, Placement, Seat, num_replicas, place
@@ -151,9 +151,13 @@ def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placeme
     if isinstance(group, ArGroup):
         component = checkpoint.components[0]
         model = language(component.config, component.cls)
+        model = model or of_weights(component.config, component.cls, component.num_params)
         if model is None:
             kind = component.config.get("model_type")
-            raise ConfigError(f"{group.source}: the plan knows no model_type {kind!r} yet, so it cannot tell its size")
+            raise ConfigError(
+                f"the size of a model_type {kind!r} cannot be computed from its config alone; "
+                f"download the *.safetensors files of {group.source!r}"
+            )
         memory = ar_memory(group, model, component, budget, on_gpu)
         tokens = ar_tokens_per_s(group, model, component, node.card) if on_gpu and node.card else None
         return Need(memory, tokens_per_s=tokens)

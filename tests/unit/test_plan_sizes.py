@@ -14,6 +14,7 @@ import torch
 from omni_ray.config import catalog
 from omni_ray.errors import ConfigError
 from omni_ray.plan.checkpoint import SHAPES, Component, read_checkpoint
+from omni_ray.plan.language import language, of_weights
 from omni_ray.plan.parts import parts_of
 from omni_ray.plan.transformers import transformer
 from tests.tiny_ar import build_tiny_ar
@@ -67,11 +68,19 @@ def test_tiny_pipelines(family: str, tmp_path: Path) -> None:
 
 def test_headers_of_a_language_model(tmp_path: Path) -> None:
     model = read_checkpoint(str(build_tiny_ar(tmp_path))).components[0]
-    from omni_ray.plan.language import language
-
     known = language(model.config)
     assert known is not None
     assert model.num_params == known.num_params
+
+
+def test_a_language_model_of_unknown_kind_is_known_by_its_weights(tmp_path: Path) -> None:
+    config = build_tiny_ar(tmp_path) / "config.json"
+    known = read_checkpoint(str(tmp_path)).components[0]
+    config.write_text(config.read_text().replace('"qwen3"', '"acme"'))
+    model = of_weights(json.loads(config.read_text()), known.cls, known.num_params)
+    assert model
+    assert model.num_params == known.num_params
+    assert of_weights(known.config, known.cls, 0) is None
 
 
 def test_a_tensor_parallel_rank_holds_its_part_of_attention_and_feed_forward() -> None:
