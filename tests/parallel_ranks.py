@@ -35,11 +35,12 @@ class Case:
     axes: dict[str, int]
     call: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
     @property
     def id(self) -> str:
         axes = "-".join(f"{axis}{degree}" for axis, degree in self.axes.items())
-        return "-".join([self.family, axes, *self.call])
+        return "-".join([self.family, axes, *self.call, *(["compiled"] if self.compile else [])])
 
     @property
     def parallel(self) -> DitParallel:
@@ -124,6 +125,9 @@ class Rank:
         if key not in self.wanted:
             self.wanted[key] = call(pipe, case)
         apply_parallel(pipe, case.parallel, self.mesh(tuple(case.axes.items())))
+        if case.compile:
+            for transformer in transformers_of(pipe).values():
+                transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
         got, want = call(pipe, case), self.wanted[key]
         if not torch.isfinite(got).all():
             raise ValueError("the output is not finite")

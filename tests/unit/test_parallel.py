@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel import apply_parallel, build_mesh
 from omni_ray.accel.parallel.attention import ShardedAttention
 from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.accel.parallel.processor import sharded
 from omni_ray.accel.parallel.sequence import Sequence
 from omni_ray.config.catalog import FAMILIES, refusals
 from omni_ray.config.spec import DitParallel
@@ -79,6 +81,9 @@ def cases(num_ranks: int) -> list[Case]:
             if family == "z_image" and axes.get("tensor") == 4:
                 config = config | {"n_heads": 12, "n_kv_heads": 12, "dim": 192}  # its MLP is dim / 3 * 8 wide
             found += [Case(family, axes, call, config) for call in calls]
+    if num_ranks == 2:
+        compiled = [("flux", {"ulysses": 2}), ("qwen_image", {"ulysses": 2}), ("wan", {"tensor": 2})]
+        found += [Case(family, axes, CALLS[family][0], CONFIGS[family], compile=True) for family, axes in compiled]
     return found
 
 
@@ -178,11 +183,21 @@ def test_an_attention_kernel_or_processor_without_shards_is_refused() -> None:
     no_mesh: Any = None
     pipe = pipeline(Case("flux", {"ulysses": 2}, config=CONFIGS["flux"]))
     pipe.transformer.transformer_blocks[1].attn.processor._attention_backend = "_native_math"
-    with pytest.raises(ConfigError, match=r"attention\.backend '_native_math' of FluxTransformer2DModel"):
+    with pytest.raises(ConfigError, match=r"attention\.backend '_native_math' cannot run on parts"):
         apply_parallel(pipe, DitParallel(ulysses=2), no_mesh)
     pipe.transformer.transformer_blocks[1].attn.processor = object()
     with pytest.raises(ConfigError, match="has the processor object, which cannot run"):
         apply_parallel(pipe, DitParallel(ring=2), no_mesh)
+
+
+def test_a_kernel_without_shards_is_refused_later_too() -> None:
+    attention: Any = object()
+    processor = sharded(FluxAttnProcessor(), attention)
+    assert processor._attention_backend == "native"
+    processor._attention_backend = "_native_flash"
+    with pytest.raises(ConfigError, match="'xformers' cannot run on parts"):
+        processor._attention_backend = "xformers"
+    assert processor._attention_backend == "_native_flash"
 
 
 def test_a_mesh_of_other_ranks_is_refused(tmp_path: Path) -> None:

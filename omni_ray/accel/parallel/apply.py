@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.hooks import HookRegistry, ModelHook
 from torch.distributed.device_mesh import DeviceMesh
 
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel.attention import ShardedAttention
-from omni_ray.accel.parallel.hooks import plan_hooks
-from omni_ray.accel.parallel.joint import JointAttention
+from omni_ray.accel.parallel.hooks import make_sharded, plan_hooks
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.accel.parallel.paths import expand
+from omni_ray.accel.parallel.processor import check_processor, sharded
 from omni_ray.accel.parallel.sequence import Sequence
 from omni_ray.accel.parallel.tensor import apply_tensor, shard_specs
 from omni_ray.config.catalog import FAMILIES, SequencePlan, refusals
@@ -55,40 +53,26 @@ def _check(transformer: Any, parallel: DitParallel) -> None:
     if parallel.ulysses * parallel.ring > 1 and family.sequence is not None:
         for path in family.sequence.attention:
             for attention in expand(transformer, path).values():
-                _check_processor(attention.processor, name, family.sequence.processors)
+                check_processor(attention.processor, name, family.sequence.processors)
 
 
-def _check_processor(processor: Any, transformer: str, processors: tuple[str, ...]) -> None:
-    if type(processor).__name__ not in processors:
-        raise ConfigError(
-            f"parallel: an attention of {transformer} has the processor {type(processor).__name__}, which cannot run "
-            f"on parts of a sequence, unlike {', '.join(processors)}; set ulysses: 1 and ring: 1"
-        )
-    backend = getattr(processor, "_attention_backend", None) or _AttentionBackendRegistry.get_active_backend()[0]
-    if not _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(backend)):
-        usable = ", ".join(sorted(_AttentionBackendRegistry._supports_context_parallel))
-        raise ConfigError(
-            f"attention.backend {AttentionBackendName(backend).value!r} of {transformer} cannot run on parts of a "
-            f"sequence; with ulysses or ring, use one of {usable}"
-        )
-
-
-def _apply_sequence(transformer: torch.nn.Module, plan: SequencePlan, mesh: DeviceMesh) -> None:
+def _apply_sequence(transformer: Any, plan: SequencePlan, mesh: DeviceMesh) -> None:
     sequence = Sequence(Ranks.of(mesh, "ring"), Ranks.of(mesh, "ulysses"))
     for path, streams in plan.attention.items():
+        joined = ShardedAttention(sequence, streams)
         for attention in expand(transformer, path).values():
-            attention.processor = _sharded(attention.processor, ShardedAttention(sequence, streams))
-    for path, hook in plan_hooks(sequence, plan, transformer):  # a hook serves one module, so each has its copy
+            attention.processor = sharded(attention.processor, joined)
+    for module in transformer.modules():
+        if type(module).__name__ in (transformer._repeated_blocks or ()):
+            make_sharded(module)  # those without hooks too: blocks of one class are compiled once
+    for path, hook in plan_hooks(sequence, plan, transformer):
         for module in expand(transformer, path).values():
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(
-                copy.copy(hook), f"{type(hook).__name__}.{path}"
-            )
+            _register(module, copy.copy(hook), is_root=module is transformer)
 
 
-def _sharded(processor: Any, attention: ShardedAttention) -> Any:
-    """A processor like this one that computes ``attention``. A new one, for the modules may share one."""
-    if type(processor).__name__ == "JointAttnProcessor2_0":
-        processor = JointAttention()
-    processor = copy.copy(processor)
-    processor._parallel_config = attention
-    return processor
+def _register(module: Any, hook: ModelHook, is_root: bool) -> None:
+    if is_root:  # whose forward is called by its name
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, type(hook).__name__)
+    else:
+        hook.initialize_hook(module)
+        make_sharded(module).sharding.append(hook)
