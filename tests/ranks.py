@@ -1,8 +1,8 @@
 """One CPU rank of a gang, without Ray: ``python -m tests.ranks INDEX SIZE PORT CASES RESULTS``.
 
-For each case (family, parallel degrees) the ranks run seven requests of mixed sizes and step counts side by side; one is
-cancelled midway, one fails in the decoder. The first rank writes how far each image is from the one that a single rank
-makes.
+For each case (family, parallel degrees) the ranks run seven requests of mixed sizes and step counts side by side; one
+is cancelled midway, one fails in the decoder. The first rank writes how far each image is from the one that a single
+rank makes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from omni_ray.accel.parallel import apply_parallel, build_mesh
+from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
 from omni_ray.config.spec import Batching, DitParallel
 from omni_ray.engine import lane, world
 from omni_ray.engine.exchange import Exchange
@@ -66,6 +66,8 @@ def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) ->
     parallel = DitParallel(**degrees)
     mesh = build_mesh(parallel, "cpu")
     apply_parallel(pipe, parallel, mesh)
+    if parallel.vae == "auto":
+        split_decode(pipe)
     exchange = Exchange(mesh) if parallel.cfg > 1 else None
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
     _fail_to_decode(pipe.vae)

@@ -97,6 +97,10 @@ class DitParallel(Block):
     ulysses: Positive = Field(1, description="Sequence-parallel ranks that exchange attention heads (Ulysses).")
     ring: Positive = Field(1, description="Sequence-parallel ranks that pass keys and values around (ring attention).")
     cfg: Literal[1, 2] = Field(1, description="2 computes the guidance branches of a step side by side.")
+    vae: Literal["auto", "whole"] = Field(
+        "auto",
+        description="`auto` splits the rows of a decode over the ranks where the autoencoder can; `whole` never does.",
+    )
 
     @property
     def num_ranks(self) -> int:

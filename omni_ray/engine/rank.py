@@ -125,7 +125,7 @@ class Rank:
         """Apply the accelerators, in the one order in which they work together. The exchange is the cfg axis's."""
         from omni_ray.accel.attention import apply_attention
         from omni_ray.accel.compile import apply_compile
-        from omni_ray.accel.parallel import apply_parallel, build_mesh
+        from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
         from omni_ray.engine.exchange import Exchange
 
         group, exchange = self._group, None
@@ -133,6 +133,8 @@ class Rank:
         if group.parallel.num_ranks > 1:
             mesh = build_mesh(group.parallel, device_type)
             apply_parallel(pipe, group.parallel, mesh)
+            if group.parallel.vae == "auto":
+                split_decode(pipe)
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
         apply_compile(pipe, group.compile)
         return exchange

@@ -1,5 +1,5 @@
-"""The AR replica on the installed vLLM, without Ray Serve: one engine of two tensor-parallel ranks for the whole module,
-on a tiny checkpoint."""
+"""The AR replica on the installed vLLM, without Ray Serve: one engine of two tensor-parallel ranks for the whole
+module, on a tiny checkpoint."""
 
 from __future__ import annotations
 

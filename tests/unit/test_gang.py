@@ -1,4 +1,4 @@
-"""Gangs of two and four CPU ranks, for every family and axis: requests of mixed sizes and step counts side by side, one
+"""Gangs of two to four CPU ranks, for every family and axis: requests of mixed sizes and step counts side by side, one
 of them cancelled midway, one failing. Each image equals the one-rank image within TOLERANCE (fp32, colours in 0..1)."""
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ FOUR = [(family, {"tensor": 2, "ulysses": 2}) for family in TENSOR]
 FOUR += [(family, {"cfg": 2, axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 FOUR += [("flux", {"ring": 2, "ulysses": 2})]
 
+THREE = [(family, {"ring": 3}) for family in ("flux", "qwen_image", "wan")]
+"""Neither tokens nor rows of the picture divide by the ranks."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -33,6 +36,10 @@ def check(cases: list[tuple[str, dict[str, int]]], results: list[dict[str, Any]]
 
 def test_two_ranks() -> None:
     check(TWO, run_ranks(2, TWO))
+
+
+def test_three_ranks() -> None:
+    check(THREE, run_ranks(3, THREE))
 
 
 def test_four_ranks() -> None:
