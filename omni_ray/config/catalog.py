@@ -7,7 +7,8 @@ Paths name modules inside a transformer: ``*`` is every module of a list, ``-1``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class TensorPlan:
     """RMS norms over all heads together: their sum of squares is summed over the ranks."""
     divide_heads: tuple[str, ...] = ()
     """Attention modules whose processor takes the number of heads from ``heads``: each rank's own."""
+    mlp: Callable[[Mapping[str, Any]], int] | None = None
+    """From the config, the width of the MLP; None where it is a multiple of the heads, and so divides with them."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,10 @@ TEXT_IMAGE = ("encoder_hidden_states", "hidden_states")
 SELF = ("hidden_states",)
 
 
-def _attention(path: str, *, added: str = "") -> dict[str, Style]:
-    """The Linears of an attention; ``added`` is ``?`` or empty for those of a second stream, as in `Split`."""
-    linears: dict[str, Style] = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v")}
-    linears[f"{path}.to_out.0"] = "rowwise"
-    return linears
+def _attention(path: str, optional: str = "") -> dict[str, Style]:
+    """The Linears of an attention; ``optional`` is ``?`` where some blocks lack it."""
+    linears: dict[str, Style] = {f"{path}.{name}{optional}": "colwise" for name in ("to_q", "to_k", "to_v")}
+    return linears | {f"{path}.to_out.0{optional}": "rowwise"}
 
 
 def _mlp(path: str, optional: str = "") -> dict[str, Style]:
@@ -149,6 +151,7 @@ Z_IMAGE = Family(
     tensor=TensorPlan(
         linears={k: v for layers in _Z_IMAGE_LAYERS for k, v in _z_image_block(f"{layers}.*").items()},
         divide_heads=tuple(f"{layers}.*.attention" for layers in _Z_IMAGE_LAYERS),
+        mlp=lambda config: int(config["dim"] / 3 * 8),
     ),
 )
 
@@ -173,8 +176,7 @@ SD3 = Family(
             **_attention("transformer_blocks.*.attn"),
             **{f"transformer_blocks.*.attn.add_{name}_proj": "colwise" for name in "qkv"},
             "transformer_blocks.*.attn.to_add_out?": "rowwise",
-            **{f"transformer_blocks.*.attn2.{name}?": "colwise" for name in ("to_q", "to_k", "to_v")},
-            "transformer_blocks.*.attn2.to_out.0?": "rowwise",
+            **_attention("transformer_blocks.*.attn2", "?"),
             **_mlp("transformer_blocks.*.ff"),
             **_mlp("transformer_blocks.*.ff_context", "?"),
         },
@@ -187,6 +189,7 @@ WAN = Family(
     sequence=SequencePlan(
         {"blocks.*.attn1": SELF},
         processors=("WanAttnProcessor",),
+        # As in diffusers' plan, which leaves a timestep per request alone without saying so.
         inputs={"": {"timestep": Split(1, 2, optional=True)}, "blocks.0": {"hidden_states": Split(1, 3)}},
         outputs={"rope": {0: Split(1, 4), 1: Split(1, 4)}},
         gather={"proj_out": "hidden_states"},
@@ -207,6 +210,7 @@ WAN = Family(
             "blocks.*.attn2.norm_added_k?",
         ),
         divide_heads=("blocks.*.attn1", "blocks.*.attn2"),
+        mlp=lambda config: int(config["ffn_dim"]),
     ),
 )
 
@@ -217,6 +221,8 @@ HELIOS = Family(
     sequence=SequencePlan(
         {"blocks.*.attn1": ("history", "hidden_states")},
         processors=("HeliosAttnProcessor",),
+        # diffusers' plan joins the shards three times in each of 40 blocks, because they cut the history off by its
+        # length. Here history and latents are split apart, and each block gets the length of its shard.
         inputs={
             "blocks.*": {"temb": Split(1, 4, tail=_HELIOS_TAIL), "rotary_emb": Split(1, 3, tail=_HELIOS_TAIL)},
             "blocks.0": {"hidden_states": Split(1, 3, tail=_HELIOS_TAIL)},
@@ -246,15 +252,25 @@ def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel)
     ]
     if missing or family is None:
         return missing
-    heads = int(config[family.heads])
-    parts = parallel.tensor * parallel.ulysses
-    if heads % parts:
-        return [
-            f"parallel: tensor {parallel.tensor} x ulysses {parallel.ulysses} need the {heads} attention heads of "
-            f"{transformer} to be a multiple of {parts}; the largest product below that divides them is "
-            f"{max(n for n in range(1, parts) if heads % n == 0)}"
-        ]
-    return []
+    degrees = {"tensor": parallel.tensor, "ulysses": parallel.ulysses}
+    problems = [_indivisible(transformer, degrees, int(config[family.heads]), "attention heads")]
+    if family.tensor and family.tensor.mlp:
+        width = family.tensor.mlp(config)
+        problems.append(_indivisible(transformer, {"tensor": parallel.tensor}, width, "MLP channels"))
+    return [problem for problem in problems if problem]
+
+
+def _indivisible(transformer: str, degrees: Mapping[str, int], whole: int, noun: str) -> str | None:
+    """What is wrong where the product of ``degrees`` does not divide ``whole``."""
+    parts = math.prod(degrees.values())
+    if whole % parts == 0:
+        return None
+    axes = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
+    return (
+        f"parallel: {' x '.join(axes)} need{'s' if len(axes) == 1 else ''} the {whole} {noun} of {transformer} to be a "
+        f"multiple of {parts}; the largest smaller product that divides them is "
+        f"{max(n for n in range(1, parts) if whole % n == 0)}"
+    )
 
 
 def _listed(axes: tuple[Axis, ...]) -> str:

@@ -158,11 +158,21 @@ def test_an_attention_that_cannot_be_split_is_an_error() -> None:
             "flux",
             {"tensor": 2, "ulysses": 4},
             CONFIGS["flux"],
-            "need the 4 attention heads of FluxTransformer2DModel .* 8; .* 4$",
+            "tensor 2 x ulysses 4 need the 4 .* 8; .* 4$",
         ),
-        ("wan", {"ulysses": 3}, CONFIGS["wan"], "need the 4 attention heads of WanTransformer3DModel .* of 3"),
+        (
+            "wan",
+            {"ulysses": 3},
+            CONFIGS["wan"],
+            "ulysses 3 needs the 4 attention heads of WanTransformer3DModel .* 3; .* 2$",
+        ),
         ("helios", {"tensor": 2}, {}, "tensor 2 .* HeliosTransformer3DModel has only ulysses, ring; set tensor: 1"),
-        ("z_image", {"tensor": 4}, CONFIGS["z_image"], "tensor 4 cannot split .* size 170 .* not divisible by 4"),
+        (
+            "z_image",
+            {"tensor": 4},
+            CONFIGS["z_image"],
+            "tensor 4 needs the 170 MLP channels of ZImageTransformer2DModel .* 4; .* 2$",
+        ),
     ],
 )
 def test_refused_before_anything_is_changed(
