@@ -185,15 +185,16 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
         change = ("memory.gpu_memory_utilization", MAX_UTILIZATION)
         yield Change(index, (change,), 1, "less room for other programs on the card")
     if group.dtype == "float32":
-        yield Change(index, (("dtype", "bfloat16"),), 2, "rounds to 8 bits")
+        yield Change(index, (("dtype", "bfloat16"),), 2, "numbers keep 8 bits")
     if isinstance(group, DitGroup):
         if group.batching.max_num_batched_tokens > 1:
             yield Change(index, (("batching.max_num_batched_tokens", 1),), 2, "requests share no forward")
         return
     assert memory.kv_cache is not None
+    name = next((key for key in group.engine_args if key.replace("-", "_") == "max_model_len"), "max_model_len")
     for cost, length in enumerate(LENGTHS):
         if length < memory.kv_cache.max_model_len:
-            change = ("engine_args.max_model_len", length)
+            change = (f"engine_args.{name}", length)
             yield Change(index, (change,), 3 + cost / 10, "shorter prompts and answers")
     if group.quantization is None and plan.card:
         yield Change(index, (("quantization", "fp8"),), 4, "weights in 8 bits")

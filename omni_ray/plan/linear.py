@@ -50,6 +50,11 @@ class Attention:
     keys: Tokens
     times: int = 1
 
+    @property
+    def is_split(self) -> bool:
+        """Whether sequence parallelism exchanges its heads or keys; each rank attends to the whole prompt by itself."""
+        return self.keys != "text"
+
 
 @dataclass(frozen=True)
 class Transformer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec, Pipeline
@@ -220,10 +220,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
+AXES = ("tensor", "pipeline", "ulysses", "ring", "cfg")
+
+
 def axes_of(group: ArGroup | DitGroup) -> str:
     """The axes in use, such as ``tensor 2 x ulysses 4``; empty for one rank."""
-    return " x ".join(f"{axis} {degree}" for axis, degree in _degrees(group) if degree > 1)
-
-
-def _degrees(group: ArGroup | DitGroup) -> Iterable[tuple[str, int]]:
-    return ((axis, getattr(group.parallel, axis)) for axis in type(group.parallel).model_fields)
+    degrees = ((axis, getattr(group.parallel, axis, 1)) for axis in AXES)
+    return " x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1)

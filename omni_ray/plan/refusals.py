@@ -40,6 +40,9 @@ def refusals(spec: OmniSpec) -> list[Refusal]:
             found += group_refusals(index, model, read_checkpoint(model.source))
         except ConfigError as error:
             found.append(Refusal(index, "source", error.message, is_final=True))
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"a config.json of {model.source!r} lacks what its kind needs: {error!r}"
+            found.append(Refusal(index, "source", message, is_final=True))
     return found
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omni_ray.config.spec import ArGroup, DitGroup
+from omni_ray.config.spec import ArGroup, DitGroup, DitParallel
 from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
 from omni_ray.plan.checkpoint import Component
 from omni_ray.plan.language import Language
-from omni_ray.plan.linear import Transformer
+from omni_ray.plan.linear import Transformer, token_counts
 from omni_ray.plan.memory import bytes_per_weight
 from omni_ray.plan.parts import Part
 from omni_ray.plan.request import Request
@@ -30,8 +30,9 @@ DECODE_EFFICIENCY = 0.35
 """Of an autoencoder's convolutions, against matrix products."""
 
 LINK_EFFICIENCY = 0.7
-COLLECTIVE_S = 50e-6
-"""Time of an exchange of nothing: its kernels, and the copies around it."""
+SEQUENCE_COLLECTIVE_S = 100e-6
+SUM_S = 30e-6
+"""Time of an exchange of nothing: its kernels, and for sequence parallelism the copies around it."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +72,33 @@ def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, 
         model.linear_flop(image, text) / ranks / card.tflops / 1e12
         + model.attention_flop(image, text) / ranks / attention_tflops / 1e12
         + moved / card.memory_gbs / 1e9
-        + _exchange_s(group, model, tokens, card)
+        + _exchange_s(axes, model, image, text, card)
     )
 
 
-def _exchange_s(group: DitGroup, model: Transformer, tokens: int, card: Card) -> float:
-    """Per block: Ulysses exchanges query, key, value and output once each, ring passes keys and values on, tensor
-    parallelism sums the outputs of attention and feed-forward."""
-    axes = group.parallel
+def _exchange_s(axes: DitParallel, model: Transformer, image: int, text: int, card: Card) -> float:
     link = (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9
-    shard = tokens * model.hidden * 2 / (axes.ulysses * axes.ring)
-    sent, exchanges = 0.0, 0
-    if axes.ulysses > 1:
-        sent += 4 * shard / axes.tensor * (axes.ulysses - 1) / axes.ulysses
-        exchanges += 4
-    if axes.ring > 1:
-        sent += 2 * shard / axes.tensor * (axes.ring - 1)
-        exchanges += axes.ring - 1
-    if axes.tensor > 1:
-        sent += 2 * 2 * shard * (axes.tensor - 1) / axes.tensor
-        exchanges += 2
-    return model.num_blocks * (sent / link + exchanges * COLLECTIVE_S)
+    sequence = model.num_blocks * (2 * (axes.ulysses > 1) + (axes.ring > 1))
+    sums = sum(each.times for each in model.linears if each.split == "rows") * (axes.tensor > 1)
+    return sent_bytes(axes, model, image, text) / link + sequence * SEQUENCE_COLLECTIVE_S + sums * SUM_S
+
+
+def sent_bytes(axes: DitParallel, model: Transformer, image: int, text: int) -> float:
+    """Bytes that one rank sends in a forward in 16 bits.
+
+    Per attention, Ulysses exchanges query, key, value and output, and ring passes keys and values on, each of the shard
+    that a rank has; tensor parallelism sums the output of every layer that is split by rows.
+    """
+    count = token_counts(image, text)
+    sequence = axes.ulysses * axes.ring
+    shard = sum(2.0 * each.times * count[each.queries] * each.width for each in model.attentions if each.is_split)
+    shard /= sequence * axes.tensor
+    summed = sum(2.0 * each.times * count[each.tokens] * each.outputs for each in model.linears if each.split == "rows")
+    return (
+        4 * shard * (axes.ulysses - 1) / axes.ulysses
+        + 2 * shard * (axes.ring - 1)
+        + 2 * summed / sequence * (axes.tensor - 1) / axes.tensor
+    )
 
 
 def _once_s(part: Part, request: Request, card: Card) -> float:

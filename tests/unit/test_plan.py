@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from omni_ray.config.load import load
-from omni_ray.config.spec import OmniSpec
+from omni_ray.config.spec import DitParallel, OmniSpec
 from omni_ray.errors import ConfigError
+from omni_ray.plan.checkpoint import read_checkpoint
 from omni_ray.plan.inventory import Node, local_inventory, parse_inventory, unknown_node
+from omni_ray.plan.linear import Transformer
+from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Free
 from omni_ray.plan.plan import GroupPlan, Plan, make_plan
 from omni_ray.plan.report import report
+from omni_ray.plan.seconds import sent_bytes
 from tests import plans
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +129,23 @@ def test_seconds_on_several_h100s(model: dict[str, Any], more: dict[str, Any], p
     assert need
     assert need.estimate
     assert need.estimate.seconds == pytest.approx(published_s, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens", "sent_mb"),
+    [
+        ("black-forest-labs/FLUX.1-dev", (4096, 512), (706, 2825, 3765, 1143)),
+        ("Qwen/Qwen-Image", (4096, 64), (671, 2684, 5367, 1342)),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", (75600, 512), (13556, 54199, 162634, 34853)),
+    ],
+)
+def test_bytes_that_the_axes_move(source: str, tokens: tuple[int, int], sent_mb: tuple[int, ...]) -> None:
+    """As `python -m benchmarks.traffic` counts them at the collectives of the real models."""
+    model = next(part.model for part in parts_of(read_checkpoint(source)) if part.role == "transformer")
+    assert isinstance(model, Transformer)
+    axes = [{"ulysses": 8}, {"ring": 8}, {"tensor": 8}, {"tensor": 2, "ulysses": 4}]
+    counted = [sent_bytes(DitParallel(**degrees), model, *tokens) / 1e6 for degrees in axes]
+    assert counted == pytest.approx(sent_mb, rel=0.01)
 
 
 def test_tflop_of_a_forward() -> None:
