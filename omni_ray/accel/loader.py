@@ -67,7 +67,8 @@ def load_pipeline(
 
 
 def _random(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """A component with the weights that its constructor draws, made on the device."""
+    """A component with the weights that its constructor draws, made on the device: the same ones on every rank."""
+    torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
