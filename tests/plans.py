@@ -76,7 +76,17 @@ def comment(file: str) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
+def readme() -> str:
+    """The README with its two examples written anew."""
+    example = plan_text(load(ROOT / "deployments/one_24gb_gpu.yaml")[0], CLUSTERS["one_24gb_gpu.yaml"])
+    refused = plan_text(load(ROOT / "deployments/one_8gpu_node.yaml")[0], ["8xH100-80G"])
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"(?s)(```\n\$ omni-ray plan [^\n]*\n).*?\n```", lambda found: f"{found[1]}{example}\n```", text)
+    return re.sub(r"(?s)```\nrefused: .*?\n```", lambda _: f"```\n{refused[refused.index('refused:') :]}\n```", text)
+
+
 def write() -> None:
+    (ROOT / "README.md").write_text(readme())
     for file in CLUSTERS:
         path = ROOT / "deployments" / file
         body = re.sub(r"\A(#.*\n)*\n*", "", path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,22 +37,23 @@ class Autoencoder:
     peak_channels: int
     spatial: int = 8
     temporal: int = 1
-
-
-# What an autoencoder of unknown class is taken for: FLUX.1's.
-UNKNOWN_PARAMS = 83_819_683
+    has_rows: bool = False
+    """Whether the ranks of a gang share a decode, each some rows of the picture."""
 
 
 def autoencoder(config: Config) -> Autoencoder:
     """The autoencoder of a config; one of an unknown class is taken to be as large as FLUX.1's."""
     cls = config.get("_class_name", "")
     if cls in ("AutoencoderKL", "AutoencoderKLFlux2"):
-        return _image(config | (FLUX2_DEFAULTS if cls.endswith("Flux2") else {}) | config)
-    if cls in ("AutoencoderKLWan", "AutoencoderKLQwenImage") and not config.get("is_residual"):
-        return _video(config)
-    known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
-    return Autoencoder(UNKNOWN_PARAMS, known.decode_flop_per_pixel, known.peak_channels)
+        known = _image((FLUX2_DEFAULTS if cls.endswith("Flux2") else {}) | config)
+    elif cls in ("AutoencoderKLWan", "AutoencoderKLQwenImage") and not config.get("is_residual"):
+        known = _video(config)
+    else:
+        known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
+    return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS)
 
+
+SPLIT_BY_ROWS = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan")
 
 FLUX2_DEFAULTS: Config = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 32}
 

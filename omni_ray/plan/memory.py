@@ -96,7 +96,13 @@ def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request,
     vaes = [part.model for part in parts if isinstance(part.model, Autoencoder)]
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
     forwards = [forward_bytes(group, model, request, width) for model in models]
-    return max([0.0, *forwards, *(decode_bytes(vae, request, width) for vae in vaes)])
+    decodes = [decode_bytes(vae, request, width) / decode_ranks(group, vae) for vae in vaes]
+    return max([0.0, *forwards, *decodes])
+
+
+def decode_ranks(group: DitGroup, vae: Autoencoder) -> int:
+    """Ranks that share the rows of a decode."""
+    return group.parallel.num_ranks if vae.has_rows and group.parallel.vae == "auto" else 1
 
 
 def joined(group: DitGroup, request: Request) -> int:

@@ -15,7 +15,7 @@ from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
 from omni_ray.plan.checkpoint import Component
 from omni_ray.plan.language import Language
 from omni_ray.plan.linear import Transformer, token_counts
-from omni_ray.plan.memory import bytes_per_weight
+from omni_ray.plan.memory import bytes_per_weight, decode_ranks
 from omni_ray.plan.parts import Part
 from omni_ray.plan.request import Request
 
@@ -53,7 +53,7 @@ def dit_seconds(group: DitGroup, parts: tuple[Part, ...], request: Request, card
     assert isinstance(model, Transformer)
     forwards = request.steps * max(1, request.branches // group.parallel.cfg)
     one = _forward_s(group, model, part.component.cls, request, card)
-    rest = sum(_once_s(each, request, card) for each in parts)
+    rest = sum(_once_s(group, each, request, card) for each in parts)
     image, text = request.image_tokens, request.text_tokens
     tflop = (model.linear_flop(image, text) + model.attention_flop(image, text)) / 1e12
     return Estimate(forwards * one + rest, forwards, tflop)
@@ -101,14 +101,15 @@ def sent_bytes(axes: DitParallel, model: Transformer, image: int, text: int) -> 
     )
 
 
-def _once_s(part: Part, request: Request, card: Card) -> float:
+def _once_s(group: DitGroup, part: Part, request: Request, card: Card) -> float:
     """Seconds of a text encoder or of the decode, which run once a request."""
     if isinstance(part.model, Language):
         flop = 2.0 * part.model.num_active_weights * request.text_tokens * request.branches
         return max(flop / card.tflops / 1e12, part.model.num_active_weights * 2 / card.memory_gbs / 1e9)
     if isinstance(part.model, Autoencoder):
+        rate = DECODE_EFFICIENCY * card.tflops * 1e12
         pixels = request.width * request.height * request.frames
-        return part.model.decode_flop_per_pixel * pixels / (DECODE_EFFICIENCY * card.tflops * 1e12)
+        return part.model.decode_flop_per_pixel * pixels / (rate * decode_ranks(group, part.model))
     return 0.0
 
 

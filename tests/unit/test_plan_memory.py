@@ -26,8 +26,9 @@ from diffusers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from omni_ray.config.spec import DitGroup
-from omni_ray.plan import memory
+from omni_ray.accel.parallel.decode import AUTOENCODERS
+from omni_ray.config.spec import DitGroup, DitParallel
+from omni_ray.plan import autoencoders, memory
 from omni_ray.plan.autoencoders import autoencoder
 from omni_ray.plan.request import Request
 from omni_ray.plan.transformers import transformer
@@ -185,3 +186,11 @@ def test_decode(cls: Any, config: dict[str, Any], latent: tuple[int, ...], asked
     known = autoencoder({"_class_name": cls.__name__, **config})
     peak = measured(on_meta(cls, **config), lambda vae: vae.decode(new(*latent)))
     assert memory.decode_bytes(known, asked, 2) == pytest.approx(peak, rel=0.1)
+
+
+def test_ranks_share_a_decode_where_the_engine_can_split_it() -> None:
+    assert autoencoders.SPLIT_BY_ROWS == AUTOENCODERS
+    known = autoencoder({"_class_name": "AutoencoderKLWan"})
+    spread = GROUP.model_copy(update={"parallel": DitParallel(cfg=2, ulysses=4)})
+    whole = GROUP.model_copy(update={"parallel": DitParallel(cfg=2, ulysses=4, vae="whole")})
+    assert [memory.decode_ranks(group, known) for group in (GROUP, spread, whole)] == [1, 8, 1]
