@@ -58,6 +58,10 @@ class TensorPlan:
     """Which Linears each rank holds a part of: ``colwise`` a part of the outputs, ``rowwise`` of the inputs."""
 
     linears: Mapping[str, Style] | None = None
+    gathered: tuple[str, ...] = ()
+    """Linears whose outputs are computed in parts and put together again on each rank: modulations. They have up to a
+    third of a family's weights, but an input of one token.
+    """
     norms: tuple[str, ...] = ()
     """RMS norms over all heads together: their sum of squares is summed over the ranks."""
     divide_heads: tuple[str, ...] = ()
@@ -109,7 +113,13 @@ FLUX = Family(
         {"transformer_blocks.*.attn": TEXT_IMAGE, "single_transformer_blocks.*.attn": TEXT_IMAGE},
         processors=("FluxAttnProcessor",),
     ),
-    tensor=TensorPlan(),
+    tensor=TensorPlan(
+        gathered=(
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "single_transformer_blocks.*.norm.linear",
+        )
+    ),
 )
 
 FLUX2 = Family(
@@ -127,7 +137,7 @@ QWEN_IMAGE = Family(
         {"transformer_blocks.*.attn": TEXT_IMAGE},
         processors=("QwenDoubleStreamAttnProcessor2_0",),
     ),
-    tensor=TensorPlan(),
+    tensor=TensorPlan(gathered=("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1")),
 )
 
 _Z_IMAGE_LAYERS = ("noise_refiner", "context_refiner", "layers")
@@ -180,6 +190,7 @@ SD3 = Family(
             **_mlp("transformer_blocks.*.ff"),
             **_mlp("transformer_blocks.*.ff_context", "?"),
         },
+        gathered=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"),
         divide_heads=("transformer_blocks.*.attn", "transformer_blocks.*.attn2?"),
     ),
 )

@@ -64,9 +64,7 @@ AXES: dict[int, list[dict[str, int]]] = {
         {"tensor": 4},
         {"ring": 4},
         {"tensor": 2, "ulysses": 2},
-        {"tensor": 2, "ring": 2},
         {"ring": 2, "ulysses": 2},
-        {"cfg": 2, "ulysses": 2},
     ],
 }
 
@@ -82,8 +80,11 @@ def cases(num_ranks: int) -> list[Case]:
                 config = config | {"n_heads": 12, "n_kv_heads": 12, "dim": 192}  # its MLP is dim / 3 * 8 wide
             found += [Case(family, axes, call, config) for call in calls]
     if num_ranks == 2:
-        compiled = [("flux", {"ulysses": 2}), ("qwen_image", {"ulysses": 2}), ("wan", {"tensor": 2})]
-        found += [Case(family, axes, CALLS[family][0], CONFIGS[family], compile=True) for family, axes in compiled]
+        compiled = [("flux", "tensor"), ("flux", "ulysses"), ("qwen_image", "ulysses"), ("wan", "tensor")]
+        found += [Case(name, {axis: 2}, CALLS[name][0], CONFIGS[name], compile=True) for name, axis in compiled]
+    else:
+        mixed: list[dict[str, int]] = [{"cfg": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}]
+        found += [Case("qwen_image", axes, CALLS["qwen_image"][1], CONFIGS["qwen_image"]) for axes in mixed]
     return found
 
 

@@ -6,6 +6,7 @@ costs more than the launch of a kernel, and their making sends every weight thro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ class RowwiseLinear(torch.nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+class GatheredLinear(torch.nn.Linear):
+    """A Linear whose outputs are spread over the ranks and then gathered, so that every rank has them all."""
+
+    ranks: Ranks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ranks.gather(super().forward(x), -1)
+
+
 class ShardedRMSNorm(torch.nn.RMSNorm):
     """An RMSNorm whose last dimension is spread over the ranks: the mean of squares is that of the whole."""
 
@@ -44,18 +54,28 @@ class ShardedRMSNorm(torch.nn.RMSNorm):
 
 def shard_specs(transformer: Any, plan: TensorPlan, degree: int) -> dict[str, Any]:
     """Per parameter, the dimension to cut and its blocks; ConfigError where one does not divide. Changes nothing."""
-    linears: dict[str, Any] = transformer._tp_plan
-    if plan.linears is not None:
-        linears = {name: style for path, style in plan.linears.items() for name in expand(transformer, path)}
+    linears: dict[str, Any] = (
+        dict(transformer._tp_plan) if plan.linears is None else _expanded(transformer, plan.linears)
+    )
+    linears |= dict.fromkeys(_gathered(transformer, plan), "colwise")
     try:
         return dict(resolve_tp_shard_specs(transformer, linears, degree))
     except ValueError as error:
         raise ConfigError(f"parallel: tensor {degree} cannot split {type(transformer).__name__}: {error}") from error
 
 
+def _expanded(transformer: Any, linears: Mapping[str, str]) -> dict[str, str]:
+    return {name: style for path, style in linears.items() for name in expand(transformer, path)}
+
+
+def _gathered(transformer: Any, plan: TensorPlan) -> set[str]:
+    return {name for path in plan.gathered for name in expand(transformer, path)}
+
+
 def apply_tensor(transformer: Any, plan: TensorPlan, mesh: DeviceMesh) -> None:
     """Cut the weights to this rank's part of ``mesh``, a mesh of one dimension."""
     ranks = Ranks.of(mesh, "tensor")
+    gathered = _gathered(transformer, plan)
     for name, spec in shard_specs(transformer, plan, ranks.size).items():
         path, _, key = name.rpartition(".")
         linear = transformer.get_submodule(path)
@@ -65,6 +85,8 @@ def apply_tensor(transformer: Any, plan: TensorPlan, mesh: DeviceMesh) -> None:
             linear.out_features, linear.in_features = linear.weight.shape
             if spec.dim == 1:
                 linear.__class__, linear.ranks = RowwiseLinear, ranks
+            elif path in gathered:
+                linear.__class__, linear.ranks = GatheredLinear, ranks
     for path in plan.norms:
         for norm in expand(transformer, path).values():
             if norm.weight is not None:
