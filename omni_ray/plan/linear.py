@@ -25,6 +25,11 @@ class Linear:
     split: Split = "none"
 
     @property
+    def is_once(self) -> bool:
+        """Whether only one vector per forward goes through it."""
+        return self.tokens == "once"
+
+    @property
     def num_weights(self) -> int:
         return self.times * self.inputs * self.outputs
 

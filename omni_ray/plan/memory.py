@@ -1,6 +1,6 @@
 """GiB that one rank needs, by component, and why.
 
-What tensor parallelism divides: attention and feed-forward of the transformers of a pipeline; everything of a language
+What tensor parallelism divides: the blocks of the transformers of a pipeline; everything of a language
 model that vLLM serves. Ulysses, ring and CFG copy all weights to each rank and divide the activations.
 """
 

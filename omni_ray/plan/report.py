@@ -78,9 +78,7 @@ def _division(items: tuple[Item, ...], group: ArGroup | DitGroup) -> str:
     divided = [item.name for item in items if item.divided_by_tensor]
     if isinstance(group, ArGroup):
         return f"{axes_of(group)} divides {' and '.join(divided)}"
-    words = [f"tensor {group.parallel.tensor} divides attention and feed-forward of {', '.join(divided)}"] * bool(
-        divided
-    )
+    words = [f"tensor {group.parallel.tensor} divides the blocks of {', '.join(divided)}"] * bool(divided)
     copying = [axis for axis in ("ulysses", "ring", "cfg") if getattr(group.parallel, axis) > 1]
     if copying:
         one = len(copying) == 1

@@ -79,7 +79,9 @@ def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, 
 def _exchange_s(axes: DitParallel, model: Transformer, image: int, text: int, card: Card) -> float:
     link = (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9
     sequence = model.num_blocks * (2 * (axes.ulysses > 1) + (axes.ring > 1))
-    sums = sum(each.times for each in model.linears if each.split == "rows") * (axes.tensor > 1)
+    # Layers of one vector that are split by columns are modulations, which the ranks put together again.
+    joined = [each for each in model.linears if each.split == "rows" or (each.split == "columns" and each.is_once)]
+    sums = sum(each.times for each in joined) * (axes.tensor > 1)
     return sent_bytes(axes, model, image, text) / link + sequence * SEQUENCE_COLLECTIVE_S + sums * SUM_S
 
 

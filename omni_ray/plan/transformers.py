@@ -1,7 +1,8 @@
 """The diffusion transformers that the plan knows, each from its ``config.json`` to its linear layers.
 
 The layers and their names are those of diffusers' models; tests build each model on torch's meta device and compare.
-Tensor parallelism divides attention and feed-forward; modulation, embeddings and norms are on every rank.
+Tensor parallelism divides attention, feed-forward and what of the modulation the catalog names; embeddings and norms
+are on every rank.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def flux(config: Config) -> Transformer:
         *_vector(config.get("pooled_projection_dim", 768), hidden),
         Linear(config.get("joint_attention_dim", 4096), hidden, tokens="text"),
         Linear(channels, hidden, tokens="image"),
-        Linear(hidden, 6 * hidden, 2 * double),
+        Linear(hidden, 6 * hidden, 2 * double, split="columns"),
         *(layer for tokens in STREAMS for layer in _attention(hidden, double, tokens)),
         *(layer for tokens in STREAMS for layer in _mlp(hidden, 4 * hidden, double, tokens)),
-        Linear(hidden, 3 * hidden, single),
+        Linear(hidden, 3 * hidden, single, split="columns"),
         Linear(hidden, 3 * hidden, single, True, "all", "columns"),
         Linear(hidden, 4 * hidden, single, True, "all", "columns"),
         Linear(5 * hidden, hidden, single, True, "all", "rows"),
@@ -108,7 +109,7 @@ def qwen_image(config: Config) -> Transformer:
         *_vector(256, hidden),
         Linear(channels, hidden, tokens="image"),
         Linear(text, hidden, tokens="text"),
-        Linear(hidden, 6 * hidden, 2 * layers),
+        Linear(hidden, 6 * hidden, 2 * layers, split="columns"),
         *(layer for tokens in STREAMS for layer in _attention(hidden, layers, tokens)),
         *(layer for tokens in STREAMS for layer in _mlp(hidden, 4 * hidden, layers, tokens)),
         Linear(hidden, 2 * hidden),
@@ -155,10 +156,10 @@ def sd3(config: Config) -> Transformer:
         *_vector(256, hidden),
         *_vector(config.get("pooled_projection_dim", 2048), hidden),
         Linear(config.get("joint_attention_dim", 4096), text, tokens="text"),
-        Linear(hidden, 6 * hidden, layers - dual),
-        Linear(hidden, 9 * hidden, dual),
-        Linear(hidden, 6 * hidden, layers - 1),
-        Linear(hidden, 2 * hidden),
+        Linear(hidden, 6 * hidden, layers - dual, split="columns"),
+        Linear(hidden, 9 * hidden, dual, split="columns"),
+        Linear(hidden, 6 * hidden, layers - 1, split="columns"),
+        Linear(hidden, 2 * hidden, split="columns"),
         *_attention(hidden, layers, "image"),
         *_attention(hidden, dual, "image"),
         Linear(hidden, hidden, 3 * layers, True, "text", "columns"),
