@@ -40,6 +40,9 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of ``folder`` with its weights on ``device``, in eval mode.
 
+    With tensor parallelism the transformers stay mapped from their files, of which nothing is read before each rank has
+    cut out its part; move the pipeline to the device then. Where the files have another dtype they are read whole.
+
     Raises ConfigError where a component's class is unknown to the installed libraries.
     """
     index = json.loads((folder / "model_index.json").read_text())
@@ -58,10 +61,10 @@ def load_pipeline(
             if group.load_format == "dummy"
             else cls.from_pretrained(folder / name, dtype=dtype)
         )
-        loaded[name] = module.to(device).eval().requires_grad_(False)
+        mapped = group.parallel.tensor > 1 and name.startswith("transformer")
+        loaded[name] = (module if mapped else module.to(device)).eval().requires_grad_(False)
         done += sizes[name]
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=group.trust_remote_code, **loaded)
-    pipe.to(device)
     progress(total, total, "")
     return pipe
 

@@ -105,7 +105,7 @@ class Rank:
         pipe = load_pipeline(
             folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen)
         )
-        exchange = self._accelerate(pipe, device.type)
+        exchange = self._accelerate(pipe, device)
         capabilities = read_capabilities(pipe, folder, group)
         self._loop = EngineLoop(pipe, group.batching, lockstep, exchange)
         self._loop.start()
@@ -121,7 +121,7 @@ class Rank:
         world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
         return Lockstep()
 
-    def _accelerate(self, pipe: DiffusionPipeline, device_type: str) -> Exchange | None:
+    def _accelerate(self, pipe: DiffusionPipeline, device: torch.device) -> Exchange | None:
         """Apply the accelerators, in the one order in which they work together. The exchange is the cfg axis's."""
         from omni_ray.accel.attention import apply_attention
         from omni_ray.accel.compile import apply_compile
@@ -131,10 +131,11 @@ class Rank:
         group, exchange = self._group, None
         apply_attention(pipe, group.attention)
         if group.parallel.num_ranks > 1:
-            mesh = build_mesh(group.parallel, device_type)
+            mesh = build_mesh(group.parallel, device.type)
             apply_parallel(pipe, group.parallel, mesh)
             if group.parallel.vae == "auto":
                 split_decode(pipe)
+            pipe.to(device)  # the transformers of tensor-parallel ranks are still in their files
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
         apply_compile(pipe, group.compile)
         return exchange
