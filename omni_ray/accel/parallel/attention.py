@@ -90,7 +90,12 @@ def _kernel(forward: Callable[..., Any], dropout_p: float, scale: float | None) 
 
 
 # One operator to the compiler: what it reads of a sequence, lengths above all, must not be compiled in.
-@torch.library.custom_op("omni_ray::sharded_attention", mutates_args=())
+@torch.library.custom_op(
+    "omni_ray::sharded_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, int attention, str kernel, float dropout_p, "
+    "float? scale) -> Tensor",
+)
 def _operator(
     query: torch.Tensor,
     key: torch.Tensor,

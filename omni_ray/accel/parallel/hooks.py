@@ -113,9 +113,7 @@ def make_sharded(module: Any) -> Any:
 
 
 def plan_hooks(sequence: Sequence, plan: SequencePlan, transformer: Any) -> list[tuple[str, ModelHook]]:
-    """The hooks of a plan and the paths of their modules. A module calls the first of its hooks last before its
-    forward: a later hook wraps the earlier ones.
-    """
+    """The hooks of a plan and the paths of their modules. Of two hooks of a module, the later wraps the earlier."""
     if plan.inputs is None:
         return [(path, _from_diffusers(sequence, step)) for path, step in transformer._cp_plan.items()]
     return [
