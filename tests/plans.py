@@ -46,6 +46,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "8xH100-80G x 2",
         {"type": "dit", "source": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "parallel": {"cfg": 2, "ulysses": 4}},
     ),
+    "wan2.2-t2v-a14b-two-nodes": (
+        "4xH100-80G x 2",
+        {
+            "type": "dit",
+            "source": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            "parallel": {"ulysses": 8, "num_nodes": 2},
+            "limits": {"max_pixels": 832 * 480, "max_frames": 81},
+        },
+    ),
     "hunyuanimage-3.0": (
         "8xH100-80G",
         {"type": "ar", "source": "tencent/HunyuanImage-3.0", "parallel": {"tensor": 4}},
@@ -53,6 +62,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-235b-a22b": (
         "8xA100-80G",
         {"type": "ar", "source": "Qwen/Qwen3-235B-A22B", "parallel": {"tensor": 8}, "engine_args": {}},
+    ),
+    "qwen3-235b-a22b-two-nodes": (
+        "8xA100-40G x 2",
+        {"type": "ar", "source": "Qwen/Qwen3-235B-A22B", "parallel": {"tensor": 8, "pipeline": 2, "num_nodes": 2}},
     ),
 }
 

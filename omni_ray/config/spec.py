@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from omni_ray.config.block import Block as Block
+from omni_ray.config.block import Positive
 from omni_ray.config.nearest import hint
+from omni_ray.config.parallel import ArParallel as ArParallel
+from omni_ray.config.parallel import DitParallel as DitParallel
+from omni_ray.config.parallel import Parallel as Parallel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
-Positive = Annotated[int, Field(ge=1)]
 
 DEMO_SOURCES = ("demo:chat", "demo:image")
 
@@ -27,23 +31,12 @@ VLLM_ALIASES = {
     "quantization": "quantization",
     "tensor_parallel_size": "parallel.tensor",
     "pipeline_parallel_size": "parallel.pipeline",
+    "nnodes": "parallel.num_nodes",
     "gpu_memory_utilization": "memory.gpu_memory_utilization",
     "cpu_offload_gb": "offload.cpu_offload_gb",
     "trust_remote_code": "trust_remote_code",
     "load_format": "load_format",
 }
-
-
-class Block(BaseModel):
-    """Base of every block: frozen, and an unknown key is an error.
-
-    The message of a validator of several keys has a line per problem, which begins with the key that it means, so that
-    `load` can point at it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    aliases: ClassVar[dict[str, str]] = {}
-    """Other names that people know for the block's keys."""
 
 
 def _only(value: Any, supported: Any) -> Any:
@@ -77,34 +70,6 @@ class Memory(Block):
         0.9, gt=0, le=1, description="Fraction of each GPU's memory that a rank may use."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an AR replica that runs on a CPU, in GiB.")
-
-
-class ArParallel(Block):
-    """How vLLM spreads one replica over ranks. ``tensor`` x ``pipeline`` ranks make one replica."""
-
-    tensor: Positive = Field(1, description="Tensor-parallel ranks.")
-    pipeline: Positive = Field(1, description="Pipeline-parallel ranks.")
-
-    @property
-    def num_ranks(self) -> int:
-        return self.tensor * self.pipeline
-
-
-class DitParallel(Block):
-    """How one replica is spread over ranks. The product of the axes is the number of ranks of a replica."""
-
-    tensor: Positive = Field(1, description="Tensor-parallel ranks: each holds a part of every layer's weights.")
-    ulysses: Positive = Field(1, description="Sequence-parallel ranks that exchange attention heads (Ulysses).")
-    ring: Positive = Field(1, description="Sequence-parallel ranks that pass keys and values around (ring attention).")
-    cfg: Literal[1, 2] = Field(1, description="2 computes the guidance branches of a step side by side.")
-    vae: Literal["auto", "whole"] = Field(
-        "auto",
-        description="`auto` splits the rows of a decode over the ranks where the autoencoder can; `whole` never does.",
-    )
-
-    @property
-    def num_ranks(self) -> int:
-        return self.tensor * self.ulysses * self.ring * self.cfg
 
 
 class Cache(Block):
@@ -267,6 +232,17 @@ class ArGroup(Group):
                 )
             )
         return args
+
+    @model_validator(mode="after")
+    def _ray_spans_nodes(self) -> Self:
+        nodes, key = self.parallel.num_nodes, "distributed_executor_backend"
+        backend = next((value for name, value in self.engine_args.items() if name.replace("-", "_") == key), "ray")
+        if nodes > 1 and backend != "ray":
+            raise ValueError(
+                f"engine_args.{key} = {backend!r} stays inside a node, but parallel.num_nodes = {nodes}; "
+                "remove the key, or set num_nodes to 1"
+            )
+        return self
 
 
 class DitGroup(Group):

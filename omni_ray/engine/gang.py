@@ -15,6 +15,7 @@ from omni_ray.config.spec import DitGroup
 from omni_ray.engine.rank import Rank
 from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
+from omni_ray.plan.placement import rank_order
 
 PING_INTERVAL_S = 1.0
 PING_TIMEOUT_S = 3.0
@@ -25,7 +26,7 @@ class Gang:
     """Starts ``group.parallel.num_ranks`` actors, one per bundle of the current placement group.
 
     Ranks that follow each other share a node wherever they can, so that the innermost axis of the mesh, which talks
-    most, stays inside one.
+    most, stays inside one. Raises ConfigError where Ray did not spread the bundles over ``group.parallel.num_nodes``.
     """
 
     def __init__(self, group: DitGroup, source: str, num_gpus: float, replica_id: str) -> None:
@@ -40,7 +41,7 @@ class Gang:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
             )
             .remote(group, source, index, replica_id)
-            for index, bundle in enumerate(sorted(nodes, key=lambda bundle: (nodes[bundle], bundle)))
+            for index, bundle in enumerate(rank_order(nodes, group.parallel, group.id))
         ]
 
     @property

@@ -98,7 +98,7 @@ class Rank:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(group.memory.gpu_memory_utilization)
         else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.parallel.num_ranks))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.parallel.ranks_per_node))
         lockstep = Alone() if address is None else self._meet_the_others(address, device)
         folder = resolve(self._source)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from omni_ray.config.spec import DitGroup, OmniSpec
+from omni_ray.config.spec import ArParallel, DitGroup, OmniSpec
 from omni_ray.plan.cards import CARDS, Card
 from omni_ray.plan.checkpoint import read_checkpoint
 from omni_ray.plan.placement import num_replicas
@@ -168,6 +168,9 @@ def _candidates(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
     if "memory" in keys:
         yield from _memory_changes(plan)
         yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
+        yield from _more_nodes(plan, whole)
+    if "parallel" in keys:
+        yield from _other_nodes(plan, whole)
     if "parallel" in keys and "memory" not in keys:
         yield from _dit_axes(plan, whole) if isinstance(group, DitGroup) else _ar_axes(plan, whole)
     if "num_replicas" in keys:
@@ -209,7 +212,7 @@ def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
     """Other degrees of the axes. To exchange one axis for another is cheaper than to take or lose GPUs."""
     assert isinstance(plan.group, DitGroup)
     now = plan.group.parallel
-    most = max((node.num_gpus for node in whole.inventory), default=0) or now.num_ranks
+    most = max((node.num_gpus for node in whole.inventory), default=0) * now.num_nodes or now.num_ranks
     for tensor, ulysses, ring in itertools.product(DEGREES, DEGREES, {1, now.ring}):
         values = {"tensor": tensor, "ulysses": ulysses, "ring": ring}
         changed = tuple((f"parallel.{axis}", degree) for axis, degree in values.items() if getattr(now, axis) != degree)
@@ -220,11 +223,31 @@ def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
 
 def _ar_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
     now = plan.group.parallel
-    most = max((node.num_gpus for node in whole.inventory), default=0) or now.num_ranks
+    most = max((node.num_gpus for node in whole.inventory), default=0) * now.num_nodes or now.num_ranks
     for tensor in DEGREES:
         ranks = now.num_ranks // now.tensor * tensor
         if tensor != now.tensor and ranks <= most:
             yield _axes_change(plan, (("parallel.tensor", tensor),), ranks)
+
+
+def _other_nodes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    """The same ranks over more nodes, or fewer."""
+    now = plan.group.parallel
+    for number in range(1, min(len(whole.inventory), now.num_ranks) + 1):
+        if number != now.num_nodes and now.num_ranks % number == 0:
+            price = "ranks talk through the network" if number > now.num_nodes else "as many GPUs on fewer nodes"
+            cost = (4 if number > now.num_nodes else 1) + number / 100
+            yield Change(plan.index, (("parallel.num_nodes", number),), cost, price)
+
+
+def _more_nodes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:
+    """An LLM's layers over several nodes, as many ranks on each as now."""
+    now = plan.group.parallel
+    if not isinstance(now, ArParallel) or not plan.placement.num_gpus:
+        return
+    for times in range(2, len(whole.inventory) // now.num_nodes + 1):
+        changed = (("parallel.pipeline", now.pipeline * times), ("parallel.num_nodes", now.num_nodes * times))
+        yield _axes_change(plan, changed, now.num_ranks * times)
 
 
 def _axes_change(plan: GroupPlan, changed: tuple[tuple[str, Any], ...], ranks: int) -> Change:

@@ -19,7 +19,7 @@ from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Free, Placement, Seat, num_replicas, place
 from omni_ray.plan.refusals import Refusal, group_refusals
 from omni_ray.plan.request import Request, default_request, largest_request
-from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds
+from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds, nodes_of_axes
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def _plan_group(
         refusals.append(Refusal(index, "device", message, is_final=True))
     gib = {card: need.memory.needed_gib for card, need in needs.items()}
     roomy = [node for node in nodes if needs and needs[node.card].memory.fits]
+    refusals += _not_spread(index, group, placement, free)
     seats: list[Seat] = []
     while len(seats) < num_replicas(group) and (seat := free.take(placement, roomy or nodes, gib)):
         seats.append(seat)
-    card = seats[0].node.card if seats else max((node.card for node in nodes), key=lambda each: each.gib if each else 0)
+    card = seats[0].card if seats else max((node.card for node in nodes), key=lambda each: each.gib if each else 0)
     need = needs.get(card)
     if need and not need.memory.fits:
         refusals.append(_too_large(index, group, need.memory, card if placement.num_gpus else None))
@@ -132,13 +133,20 @@ def _notes(
     card: Card | None,
 ) -> Iterator[str]:
     """What works, but not as one might think."""
-    need, gpus = needs.get(card), placement.num_ranks * placement.num_gpus
+    need, gpus = needs.get(card), placement.ranks_per_node * placement.num_gpus
     elsewhere = [node for node in nodes if node.num_gpus >= gpus > 0 and node.card in needs]
     small = [node.name for node in elsewhere if not needs[node.card].memory.fits]
     if need and need.memory.fits and small:
         yield f"Ray knows no GiB of GPUs, and may place it on {', '.join(small)} too, where it does not fit"
     if need and need.request and isinstance(group, DitGroup) and need.request.branches < group.parallel.cfg:
         yield "cfg 2, but by default a step has one forward here: half of the ranks idle; see defaults"
+    if across := nodes_of_axes(group.parallel).keys() & EVERY_LAYER:
+        axes = " and ".join(f"{axis} {getattr(group.parallel, axis)}" for axis in sorted(across))
+        instead = "pipeline" if isinstance(group, ArGroup) else "cfg or ring"
+        yield (
+            f"{axes} does not stay inside a node, which has {placement.ranks_per_node} of the ranks: every layer waits "
+            f"for the network; lower it, and let {instead} span nodes"
+        )
     if need and need.largest:
         change = f"set limits.max_pixels to {need.safe_pixels}" if need.safe_pixels else "lower limits.max_frames"
         yield f"limits allow {need.largest}, which does not fit beside the weights; {change}"
@@ -187,21 +195,37 @@ def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card
     return Refusal(index, "memory", f"{items} = {memory.needed_gib:.1f} GiB a rank, but {budget}: {over:.1f} too much")
 
 
+def _not_spread(index: int, group: ArGroup | DitGroup, placement: Placement, free: Free) -> Iterator[Refusal]:
+    """Why a replica cannot be spread over several nodes, though they have room."""
+    nodes = placement.num_nodes
+    if nodes > 1 and not placement.num_gpus and isinstance(group, ArGroup):
+        message = f"num_nodes {nodes}, but vLLM spans nodes with GPUs alone, and the ranks run on CPUs; set it to 1"
+        yield Refusal(index, "parallel", message, is_final=group.device == "cpu")
+    if nodes > 1 and placement.num_gpus and (roomy := next(free.with_room_for_all(placement), None)):
+        message = (
+            f"num_nodes {nodes}, but {roomy.name!r} alone has GPUs for all {placement.num_ranks} ranks, and Ray packs "
+            "them onto as few nodes as have room; lower it"
+        )
+        yield Refusal(index, "parallel", message)
+
+
 def _no_room(
     index: int, group: ArGroup | DitGroup, placement: Placement, num_seated: int, free: Free, gib: float
 ) -> Refusal:
-    inventory = free.inventory
-    ranks, gpus = placement.num_ranks, placement.num_ranks * placement.num_gpus
+    inventory, ranks, nodes = free.inventory, placement.num_ranks, placement.num_nodes
+    gpus = placement.ranks_per_node * placement.num_gpus
     largest = max(inventory, key=lambda node: node.num_gpus)
+    needs = f"{axes_of(group) or '1'} = {counted(ranks, 'rank')}"
+    if nodes > len(inventory):
+        message = f"num_nodes {nodes}, but the inventory has {counted(len(inventory), 'node')}; lower it, or add nodes"
+        return Refusal(index, "parallel", f"{needs}, {message}")
     if gpus > largest.num_gpus:
-        axes = axes_of(group) or "1"
-        has = (
-            f"the node {largest.name!r} has {largest.num_gpus} GPUs and the others no more"
-            if len(inventory) > 1
-            else f"the node {largest.name!r} has {largest.num_gpus} GPUs"
-        )
-        return Refusal(index, "parallel", f"{axes} = {ranks} ranks, but {has}; lower one of them")
+        needs += f", {placement.ranks_per_node} on each of {nodes} nodes" if nodes > 1 else ""
+        has = f"the node {largest.name!r} has {largest.num_gpus} GPUs"
+        has += " and the others no more" if len(inventory) > 1 else ""
+        return Refusal(index, "parallel", f"{needs}, but {has}; lower one of them, or raise num_nodes")
     wanted = f"{counted(num_replicas(group), 'replica')} x {counted(ranks, 'rank')}"
+    wanted += f" on {nodes} nodes" if nodes > 1 else ""
     if not gpus:
         message = f"{wanted} of {gib:.1f} GiB each, but the main memory has room for {num_seated}; lower it"
         return Refusal(index, "num_replicas", message)
@@ -220,10 +244,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
-AXES = ("tensor", "pipeline", "ulysses", "ring", "cfg")
+EVERY_LAYER = {"tensor", "ulysses"}
+"""Axes whose ranks exchange in every layer and wait for it; ring computes meanwhile."""
 
 
 def axes_of(group: ArGroup | DitGroup) -> str:
     """The axes in use, such as ``tensor 2 x ulysses 4``; empty for one rank."""
-    degrees = ((axis, getattr(group.parallel, axis, 1)) for axis in AXES)
+    degrees = ((axis, getattr(group.parallel, axis)) for axis in group.parallel.axes)
     return " x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1)

@@ -12,6 +12,7 @@ from omni_ray.plan.inventory import describe
 from omni_ray.plan.memory import Item, KvCache, Memory
 from omni_ray.plan.placement import Seat, num_replicas
 from omni_ray.plan.plan import GroupPlan, Need, Plan, axes_of, counted
+from omni_ray.plan.seconds import Estimate
 
 
 def report(plan: Plan, fixes: Sequence[Fix] = ()) -> str:
@@ -33,6 +34,7 @@ def _group(plan: GroupPlan) -> Iterator[str]:
     assert plan.checkpoint is not None
     kind = plan.checkpoint.pipeline or plan.checkpoint.components[0].cls
     ranks = counted(plan.placement.num_ranks, "rank") + (f" ({axes_of(group)})" if axes_of(group) else "")
+    ranks += f" on {plan.placement.num_nodes} nodes" if plan.placement.num_nodes > 1 else ""
     yield f"{group.id}: {group.type}, {group.source} ({kind}), {counted(replicas, 'replica')} x {ranks}"
     bundle = ", ".join(f"{name}: {amount:g}" for name, amount in plan.placement.bundles[0].items())
     yield f"  bundles   {plan.placement.num_ranks} x {{{bundle}}}, {plan.placement.strategy}"
@@ -41,15 +43,18 @@ def _group(plan: GroupPlan) -> Iterator[str]:
         yield from _memory(plan.need.memory, plan)
         if plan.need.memory.kv_cache:
             yield f"  KV cache  {_kv_cache(plan.need.memory.kv_cache)}"
-        yield f"  speed     {_speed(plan.need, plan.card)}"
+        yield f"  speed     {_speed(plan.need, plan.card, plan.placement.num_nodes)}"
+        if plan.need.estimate and plan.need.estimate.network and plan.card:
+            yield f"  network   {_network(plan.need.estimate, plan.card)}"
     for note in plan.notes:
         yield f"  note      {note}"
 
 
 def _seats(seats: tuple[Seat, ...]) -> Iterator[str]:
     for i, seat in enumerate(seats):
-        gpus = f" GPU {_ranges(seat.gpus)}" if seat.gpus else ""
-        yield (f"replica {i}: " if len(seats) > 1 else "") + seat.node.name + gpus
+        nodes = zip(seat.nodes, seat.gpus, strict=True)
+        words = (node.name + (f" GPU {_ranges(gpus)}" if gpus else "") for node, gpus in nodes)
+        yield (f"replica {i}: " if len(seats) > 1 else "") + " + ".join(words)
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
@@ -94,17 +99,24 @@ def _kv_cache(cache: KvCache) -> str:
     )
 
 
-def _speed(need: Need, card: Card | None) -> str:
+def _speed(need: Need, card: Card | None, num_nodes: int) -> str:
     if need.tokens_per_s is not None:
         return f"at most {need.tokens_per_s:.0f} tokens/s for one request (weights read once a token)"
     if need.estimate is None or need.request is None:
         why = "on a CPU" if card is None else f"for this model on a {card.name}"
+        if card and num_nodes > 1 and not card.network_gbs:
+            why += ", whose network the hardware table does not know"
         return f"not estimated {why}"
     what = "video" if need.request.frames > 1 else "image"
     return (
         f"{_seconds(need.estimate.seconds)} s per {what} of {need.request}, {need.request.steps} steps: "
         f"{need.estimate.forwards} forwards in turn, {need.estimate.tflop:,.0f} TFLOP each"
     )
+
+
+def _network(estimate: Estimate, card: Card) -> str:
+    parts = (f"{_seconds(seconds)} s for {axis}" for axis, seconds in estimate.network)
+    return f"of these between nodes {' and '.join(parts)}, if it moves {card.network_gbs:g} GB/s per GPU"
 
 
 def _seconds(value: float) -> str:

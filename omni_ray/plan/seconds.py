@@ -7,9 +7,10 @@ fitted to FLUX.1-dev, Qwen-Image and Z-Image on an H200; tests hold them to meas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from omni_ray.config.spec import ArGroup, DitGroup, DitParallel
+from omni_ray.config.spec import ArGroup, DitGroup, DitParallel, Parallel
 from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
 from omni_ray.plan.checkpoint import Component
@@ -42,21 +43,28 @@ class Estimate:
     seconds: float
     forwards: int
     tflop: float
+    network: tuple[tuple[str, float], ...] = ()
+    """The axes whose ranks are on several nodes, and of ``seconds`` those that they spend between nodes."""
 
 
 def dit_seconds(group: DitGroup, parts: tuple[Part, ...], request: Request, card: Card) -> Estimate | None:
-    """None where the model's class, or the card's rates, are not known."""
+    """None where the model's class, the card's rates, or the link to another node that it needs, are not known."""
     known = [part for part in parts if part.role == "transformer" and isinstance(part.model, Transformer)]
     if not known or not card.tflops:
         return None
     part, model = known[0], known[0].model
     assert isinstance(model, Transformer)
     forwards = request.steps * max(1, request.branches // group.parallel.cfg)
-    one = _forward_s(group, model, part.component.cls, request, card)
+    crossing = nodes_of_axes(group.parallel)
+    if crossing and not card.network_gbs:
+        return None
+    network = _network_s(group.parallel, model, request, card)
+    one = _forward_s(group, model, part.component.cls, request, card) + sum(network.values())
     rest = sum(_once_s(group, each, request, card) for each in parts)
     image, text = request.image_tokens, request.text_tokens
     tflop = (model.linear_flop(image, text) + model.attention_flop(image, text)) / 1e12
-    return Estimate(forwards * one + rest, forwards, tflop)
+    between = tuple((axis, forwards * network.get(axis, 0.0)) for axis in crossing)
+    return Estimate(forwards * one + rest, forwards, tflop, between)
 
 
 def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, card: Card) -> float:
@@ -77,16 +85,59 @@ def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, 
 
 
 def _exchange_s(axes: DitParallel, model: Transformer, image: int, text: int, card: Card) -> float:
-    link = (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9
+    link, crossing = (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9, nodes_of_axes(axes)
+    sent = sent_by_axis(axes, model, image, text)
+    inside = sum(count * _share_inside(axis, axes, crossing) for axis, count in sent.items())
     sequence = model.num_blocks * (2 * (axes.ulysses > 1) + (axes.ring > 1))
     # Layers of one vector that are split by columns are modulations, which the ranks put together again.
     joined = [each for each in model.linears if each.split == "rows" or (each.split == "columns" and each.is_once)]
     sums = sum(each.times for each in joined) * (axes.tensor > 1)
-    return sent_bytes(axes, model, image, text) / link + sequence * SEQUENCE_COLLECTIVE_S + sums * SUM_S
+    return inside / link + sequence * SEQUENCE_COLLECTIVE_S + sums * SUM_S
+
+
+def nodes_of_axes(parallel: Parallel) -> dict[str, int]:
+    """The axes that do not stay inside a node, and over how many nodes the ranks of one are spread.
+
+    Ranks of the innermost axis are neighbours, and a node has ``ranks_per_node`` of them that follow each other.
+    """
+    inside, found = 1, {}
+    for axis in parallel.axes:
+        degree = getattr(parallel, axis)
+        if degree > 1 and parallel.ranks_per_node % (inside * degree):
+            found[axis] = min(degree, math.ceil(inside * degree / parallel.ranks_per_node))
+        inside *= degree
+    return found
+
+
+def _network_s(axes: DitParallel, model: Transformer, request: Request, card: Card) -> dict[str, float]:
+    """Seconds of a forward that each axis spends between nodes."""
+    sent, found = sent_by_axis(axes, model, request.image_tokens, request.text_tokens), {}
+    for axis, num_nodes in nodes_of_axes(axes).items():
+        link = card.network_gbs * LINK_EFFICIENCY * 1e9
+        if axis == "tensor":  # NCCL's sums use the links of all the cards of a node at once
+            link = min(link * axes.tensor / num_nodes, (card.nvlink_gbs or card.pcie_gbs) * LINK_EFFICIENCY * 1e9)
+        found[axis] = sent.get(axis, 0.0) * (1 - _share_inside(axis, axes, {axis: num_nodes})) / link
+    return found
+
+
+def _share_inside(axis: str, axes: DitParallel, crossing: dict[str, int]) -> float:
+    """The part of what a rank sends over an axis that stays inside its node.
+
+    Ulysses sends to every rank alike; the others pass everything on to the next, and the last one of a node is the
+    slowest.
+    """
+    if axis not in crossing:
+        return 1.0
+    return (axes.ulysses / crossing[axis] - 1) / (axes.ulysses - 1) if axis == "ulysses" else 0.0
 
 
 def sent_bytes(axes: DitParallel, model: Transformer, image: int, text: int) -> float:
-    """Bytes that one rank sends in a forward in 16 bits.
+    """Bytes that one rank sends in a forward in 16 bits."""
+    return sum(sent_by_axis(axes, model, image, text).values())
+
+
+def sent_by_axis(axes: DitParallel, model: Transformer, image: int, text: int) -> dict[str, float]:
+    """Bytes that one rank sends over each axis in a forward in 16 bits.
 
     Per attention, Ulysses exchanges query, key, value and output, and ring passes keys and values on, each of the shard
     that a rank has; tensor parallelism sums the output of every layer that is split by rows.
@@ -96,11 +147,11 @@ def sent_bytes(axes: DitParallel, model: Transformer, image: int, text: int) -> 
     shard = sum(2.0 * each.times * count[each.queries] * each.width for each in model.attentions if each.is_split)
     shard /= sequence * axes.tensor
     summed = sum(2.0 * each.times * count[each.tokens] * each.outputs for each in model.linears if each.split == "rows")
-    return (
-        4 * shard * (axes.ulysses - 1) / axes.ulysses
-        + 2 * shard * (axes.ring - 1)
-        + 2 * summed / sequence * (axes.tensor - 1) / axes.tensor
-    )
+    return {
+        "tensor": 2 * summed / sequence * (axes.tensor - 1) / axes.tensor,
+        "ulysses": 4 * shard * (axes.ulysses - 1) / axes.ulysses,
+        "ring": 2 * shard * (axes.ring - 1),
+    }
 
 
 def _once_s(group: DitGroup, part: Part, request: Request, card: Card) -> float:

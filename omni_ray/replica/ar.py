@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.util import placement_group_table
+from ray.util.placement_group import get_current_placement_group
 
 from omni_ray.config.spec import ArGroup, OmniSpec
 from omni_ray.errors import Unavailable
 from omni_ray.messages import HttpHead, HttpRequest, LoadProgress
 from omni_ray.orphans import leave_none
+from omni_ray.plan.placement import rank_order
 from omni_ray.replica.asgi import AsgiApp, Exchange
 
 if TYPE_CHECKING:
@@ -82,6 +85,9 @@ class ArReplica:
 
     def _start_engine(self, source: str, loop: asyncio.AbstractEventLoop) -> Vllm:
         leave_none()
+        if self._group.parallel.num_nodes > 1:
+            placement = placement_group_table(get_current_placement_group())
+            rank_order(placement["bundles_to_node_id"], self._group.parallel, self._group.id)
         from omni_ray.replica.vllm_adapter import Vllm, serve_args
 
         args = serve_args(self._group, source)

