@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from omni_ray.accel.cache.teacache import TeaCache
 from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
-from omni_ray.config.spec import Batching, DitParallel
+from omni_ray.config.spec import Batching, Cache, DitParallel
 from omni_ray.engine import lane, world
 from omni_ray.engine.exchange import Exchange
 from omni_ray.engine.lockstep import Lockstep
@@ -57,21 +58,28 @@ def pixels(output: Any) -> Any:
     return np.asarray(output.images if hasattr(output, "images") else output.frames, dtype=np.float64)
 
 
-def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) -> dict[str, Any]:
+def run_case(family: str, degrees: dict[str, Any], folder: Path, leads: bool) -> dict[str, Any]:
+    """The degrees may hold a TeaCache ``threshold`` too; then the one-rank images are made with it as well."""
+    degrees = dict(degrees)
+    threshold = degrees.pop("threshold", None)
+    spec = Cache(kind="teacache", threshold=threshold, coefficients=(1.0, 0.0)) if threshold else None
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    jobs, wanted, made = jobs_of(family), {}, {}
+    jobs, made = jobs_of(family), dict[str, Any]()
+    lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
     for job in jobs[:5] if leads else []:
-        wanted[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
+        _alone(pipe, job, spec, made)
+    wanted = dict(made)
+    made.clear()
     parallel = DitParallel(**degrees)
     mesh = build_mesh(parallel, "cpu")
     apply_parallel(pipe, parallel, mesh)
     if parallel.vae == "auto":
         split_decode(pipe)
     exchange = Exchange(mesh) if parallel.cfg > 1 else None
-    lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
     _fail_to_decode(pipe.vae)
-    loop = EngineLoop(pipe, Batching(max_num_seqs=7), Lockstep(), exchange)
+    cache = TeaCache(spec, pipe) if spec else None
+    loop = EngineLoop(pipe, Batching(max_num_seqs=7), Lockstep(), exchange, cache)
     loop.start()
     if not leads:
         loop.join()
@@ -83,6 +91,17 @@ def run_case(family: str, degrees: dict[str, int], folder: Path, leads: bool) ->
     cancelled = [i for i, e in last.items() if isinstance(e, Failure) and isinstance(e.error, Cancelled)]
     error = max((float(np.abs(made[i] - wanted[i]).max()) for i in wanted if i in made), default=None)
     return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made)}
+
+
+def _alone(pipe: DiffusionPipeline, job: Job, spec: Cache | None, made: dict[str, Any]) -> None:
+    """The job's image on one rank: by the plain pipeline, or by an engine with the cache."""
+    if spec is None:
+        made[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
+        return
+    loop = EngineLoop(pipe, Batching(), cache=TeaCache(spec, pipe))
+    loop.start()
+    assert isinstance(_follow(loop, job, None).get(timeout=120), Usage)
+    loop.stop()
 
 
 def _fail_to_decode(vae: Any) -> None:
@@ -110,7 +129,7 @@ def _follow(loop: EngineLoop, job: Job, cancel_after: int | None) -> queue.Simpl
     return ended
 
 
-def run_ranks(size: int, cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, Any]]:
+def run_ranks(size: int, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Run the cases on ``size`` ranks and return the first rank's results, in order."""
     with tempfile.TemporaryDirectory() as folder:
         for family in {family for family, _ in cases}:

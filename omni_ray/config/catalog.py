@@ -79,6 +79,10 @@ class Family:
     """The key of its config that holds the number of attention heads."""
     sequence: SequencePlan | None = None
     tensor: TensorPlan | None = None
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Its lists of blocks, in the order of the forward, and the arguments that each block hands on to the next."""
+    teacache_coefficients: tuple[float, ...] = (1.0, 0.0)
+    """The polynomial that TeaCache rescales its distance by, highest power first; as it is where none is known."""
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -120,6 +124,9 @@ FLUX = Family(
             "single_transformer_blocks.*.norm.linear",
         )
     ),
+    stacks={"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": TEXT_IMAGE},
+    # https://github.com/ali-vilab/TeaCache, for FLUX.1-dev.
+    teacache_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
 )
 
 FLUX2 = Family(
@@ -129,6 +136,7 @@ FLUX2 = Family(
         processors=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
     ),
     tensor=TensorPlan(),
+    stacks={"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": SELF},
 )
 
 QWEN_IMAGE = Family(
@@ -138,6 +146,7 @@ QWEN_IMAGE = Family(
         processors=("QwenDoubleStreamAttnProcessor2_0",),
     ),
     tensor=TensorPlan(gathered=("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1")),
+    stacks={"transformer_blocks": TEXT_IMAGE},
 )
 
 _Z_IMAGE_LAYERS = ("noise_refiner", "context_refiner", "layers")
@@ -163,6 +172,7 @@ Z_IMAGE = Family(
         divide_heads=tuple(f"{layers}.*.attention" for layers in _Z_IMAGE_LAYERS),
         mlp=lambda config: int(config["dim"] / 3 * 8),
     ),
+    stacks={"layers": ("x",)},
 )
 
 SD3 = Family(
@@ -193,6 +203,7 @@ SD3 = Family(
         gathered=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"),
         divide_heads=("transformer_blocks.*.attn", "transformer_blocks.*.attn2?"),
     ),
+    stacks={"transformer_blocks": TEXT_IMAGE},
 )
 
 WAN = Family(
@@ -223,6 +234,7 @@ WAN = Family(
         divide_heads=("blocks.*.attn1", "blocks.*.attn2"),
         mlp=lambda config: int(config["ffn_dim"]),
     ),
+    stacks={"blocks": SELF},
 )
 
 _HELIOS_TAIL = "original_context_length"

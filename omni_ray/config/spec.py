@@ -78,11 +78,27 @@ class Cache(Block):
     kind: Literal["none", "teacache", "cache_dit"] = Field(
         "none", description="Which cache answers steps that can be skipped."
     )
+    threshold: float = Field(
+        0.2, gt=0, description="TeaCache: estimated change that adds up before a step is computed; higher reuses more."
+    )
+    max_consecutive_skips: Positive = Field(4, description="TeaCache: steps in a row that may be skipped.")
+    coefficients: tuple[float, ...] | None = Field(
+        None, description="TeaCache: the model's polynomial, highest power first; null takes the family's."
+    )
 
     @field_validator("kind")
     @classmethod
     def _supported(cls, kind: str) -> str:
-        return str(_only(kind, "none"))
+        if kind == "cache_dit":
+            raise ValueError("'cache_dit' is not supported yet; use 'teacache' or 'none'")
+        return kind
+
+    @model_validator(mode="after")
+    def _of_teacache(self) -> Self:
+        others = self.model_fields_set - {"kind"}
+        if others and self.kind != "teacache":
+            raise ValueError("\n".join(f"{key}: is TeaCache's; set kind: teacache" for key in sorted(others)))
+        return self
 
 
 class ArOffload(Block):
@@ -264,6 +280,15 @@ class DitGroup(Group):
         default_factory=dict,
         description="Values of the pipeline's arguments where a request does not say, such as `num_inference_steps`.",
     )
+
+    @model_validator(mode="after")
+    def _cache_on_whole_batches(self) -> Self:
+        axes = self.parallel
+        if self.cache.kind == "teacache" and axes.ulysses * axes.ring * axes.cfg > 1:
+            raise ValueError(
+                "cache.kind: 'teacache' is not supported yet with parallel.ulysses, ring or cfg; use 'none', or tensor"
+            )
+        return self
 
 
 class Pipeline(Block):

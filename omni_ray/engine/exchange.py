@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
-from omni_ray.engine.lockstep import confirm_failure
+from omni_ray.engine.lockstep import confirm_failure, same
 from omni_ray.errors import EngineFailed
 
 Answer = Any
@@ -32,6 +32,10 @@ class Exchange:
     def confirm_failure(self) -> None:
         """As `Lockstep.confirm_failure`, among the ranks of this part: the others computed something else."""
         confirm_failure(self._own_part)
+
+    def same(self, value: list[bool]) -> list[bool]:
+        """As `Lockstep.same`, among the ranks of this part."""
+        return same(value, self._own_part)
 
     def all(self, own: list[Answer]) -> list[list[Answer]]:
         """Every part's answers, in the order of the parts; ``own`` are this one's."""

@@ -35,8 +35,9 @@ LATE_S = 120.0
 class Call:
     """One waiting call of a lane: which module, which method, with what. The loop sets ``result`` or ``error``.
 
-    ``id`` is the same on every rank: the lane's, and the call's number in it. The lane sleeps until a call is answered,
-    unless it is ``deferred``.
+    ``id`` is the same on every rank: the lane's, and the call's number in it. ``ordinal`` counts the forwards of the
+    lane's transformers within a step. The lane sleeps until a call is answered, unless it is ``deferred``. ``skipped``
+    says that a cache answered.
     """
 
     __slots__ = (
@@ -51,7 +52,9 @@ class Call:
         "lane",
         "method",
         "name",
+        "ordinal",
         "result",
+        "skipped",
         "tokens",
         "wake",
     )
@@ -59,7 +62,8 @@ class Call:
     def __init__(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs
         self.id = f"{lane.id}/{lane.num_calls}"
-        self.deferred = False
+        self.ordinal = lane.branches
+        self.deferred = self.skipped = False
         self.branch: str | None = lane.branch
         self.autocast = _autocast_state(lane.device.type)
         self.key: Hashable = None
@@ -132,6 +136,7 @@ class Gate:
         call.wake.wait()
         if call.error is not None:
             raise call.error
+        call.lane.branches_skipped += call.skipped
         return call.result
 
     # -- the loop's side -------------------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ class Lane:
         self.device_s = 0.0
         self.created = time.perf_counter()
         self._reported_s = 0.0
-        self._branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
+        self.branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
+        self.branches_skipped = 0
+        self.kept: dict[tuple[str, int], Any] = {}  # what a cache keeps of this request
         self._gate = gate
         self._emit = emit or _tell_nobody
         self._follows = emit is None
@@ -67,11 +69,11 @@ class Lane:
 
     def begins_a_guided_step(self, name: str, method: str) -> bool:
         """Whether the call is the first of several that the transformer will get in this step, by the step before."""
-        return _is_denoising(name, method) and self._branches == 0 and self._branches_before > 1
+        return _is_denoising(name, method) and self.branches == 0 and self._branches_before > 1
 
     def count_call(self, name: str, method: str) -> None:
         self.num_calls += 1
-        self._branches += _is_denoising(name, method)
+        self.branches += _is_denoising(name, method)
 
     def _own(self, pipe: DiffusionPipeline, lock: threading.RLock) -> DiffusionPipeline:
         """The lane's copy of the pipeline. Written to ``__dict__``: assignment would rewrite the shared config."""
@@ -102,11 +104,16 @@ class Lane:
 
     def _stepped(self, num_timesteps: int) -> None:
         self.step += 1
-        self.steps_computed += 1
-        self._branches_before, self._branches = self._branches, 0
+        skipped = 0 < self.branches <= self.branches_skipped
+        self.steps_skipped += skipped
+        self.steps_computed += not skipped
+        self._branches_before, self.branches, self.branches_skipped = self.branches, 0, 0
         self.num_steps = max(self.step, getattr(self._pipe, "_num_timesteps", None) or num_timesteps)
         seconds, self._reported_s = self.device_s - self._reported_s, self.device_s
-        self._emit(StepEvent(job_id=self.id, step=self.step, num_steps=self.num_steps, seconds=seconds))
+        event = StepEvent(
+            job_id=self.id, step=self.step, num_steps=self.num_steps, seconds=seconds, computed=not skipped
+        )
+        self._emit(event)
 
     def _run(self) -> None:
         started = time.perf_counter()

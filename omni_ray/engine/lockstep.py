@@ -48,6 +48,9 @@ class Alone:
     def confirm_failure(self) -> None:
         """A forward failed: there is no other rank to ask."""
 
+    def same(self, value: list[bool]) -> list[bool]:
+        return value
+
 
 class Lockstep:
     """The turns of a gang, on every rank. Made in the same order on all of them: it opens a process group."""
@@ -73,8 +76,19 @@ class Lockstep:
         """See :func:`confirm_failure`."""
         confirm_failure(self._group)
 
+    def same(self, value: list[bool]) -> list[bool]:
+        """See :func:`same`."""
+        return same(value, self._group)
+
 
 def confirm_failure(group: Any) -> None:
     """Called by the ranks of ``group`` where a forward failed: returns if it failed on all of them, as a bad request's
     does. Raises if a rank is gone: then it was not the request's fault, and the gang is at its end."""
     dist.all_reduce(torch.ones(1), group=group, async_op=True).wait(CONFIRM_TIMEOUT)
+
+
+def same(value: list[bool], group: Any) -> list[bool]:
+    """The first rank's value, on all ranks of ``group``: what was measured may differ by rounding."""
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
+    return box[0]

@@ -26,6 +26,7 @@ from omni_ray.messages import Failure, Job
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from omni_ray.accel.cache.teacache import TeaCache
     from omni_ray.engine.exchange import Exchange
 
 GRACE_S = 0.01
@@ -44,6 +45,7 @@ class EngineLoop:
         batching: Batching,
         lockstep: Alone | Lockstep | None = None,
         exchange: Exchange | None = None,
+        cache: TeaCache | None = None,
     ) -> None:
         self._pipe = pipe
         self._batching = batching
@@ -51,7 +53,7 @@ class EngineLoop:
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
         self._clock = DeviceClock(torch.device(pipe.device))
-        self._forward = Forward(pipe, self._clock, (exchange or self._lockstep).confirm_failure, exchange)
+        self._forward = Forward(pipe, self._clock, self._lockstep, exchange, cache)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()
         self._inbox: list[tuple[Job, Emit]] = []

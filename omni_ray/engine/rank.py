@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    from omni_ray.accel.cache.teacache import TeaCache
     from omni_ray.engine.exchange import Exchange
     from omni_ray.engine.lockstep import Lockstep
     from omni_ray.engine.loop import EngineLoop
@@ -105,9 +106,9 @@ class Rank:
         pipe = load_pipeline(
             folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen)
         )
-        exchange = self._accelerate(pipe, device)
+        exchange, cache = self._accelerate(pipe, device)
         capabilities = read_capabilities(pipe, folder, group)
-        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange)
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, cache)
         self._loop.start()
         if group.compile.mode != "none" and lockstep.leads:
             report("compiling")
@@ -121,9 +122,13 @@ class Rank:
         world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
         return Lockstep()
 
-    def _accelerate(self, pipe: DiffusionPipeline, device: torch.device) -> Exchange | None:
-        """Apply the accelerators, in the one order in which they work together. The exchange is the cfg axis's."""
+    def _accelerate(self, pipe: DiffusionPipeline, device: torch.device) -> tuple[Exchange | None, TeaCache | None]:
+        """Apply the accelerators, in the one order in which they work together.
+
+        Returns those that the engine loop has to know: the exchange of the cfg axis, and the cache.
+        """
         from omni_ray.accel.attention import apply_attention
+        from omni_ray.accel.cache.teacache import TeaCache
         from omni_ray.accel.compile import apply_compile
         from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
         from omni_ray.engine.exchange import Exchange
@@ -137,8 +142,9 @@ class Rank:
                 split_decode(pipe)
             pipe.to(device)  # the transformers of tensor-parallel ranks are still in their files
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+        cache = TeaCache(group.cache, pipe) if group.cache.kind == "teacache" else None
         apply_compile(pipe, group.compile)
-        return exchange
+        return exchange, cache
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""

@@ -13,7 +13,7 @@ from omni_ray.engine.gate import Call
 
 
 def call(*args: Any, name: str = "transformer", method: str = "forward", **kwargs: Any) -> Call:
-    lane: Any = SimpleNamespace(id=str(id(args)), num_calls=0, branch=None, device=torch.device("cpu"))
+    lane: Any = SimpleNamespace(id=str(id(args)), num_calls=0, branches=0, branch=None, device=torch.device("cpu"))
     made = Call(lane, name, method, args, kwargs)
     made.key, made.tokens = batch.signature(made), batch.num_tokens(made)
     return made

@@ -106,10 +106,10 @@ BROKEN = {
         "did you mean 'omni_ray.app:build'?",
     ),
     "value that is not supported yet": (
-        HEAD + IMAGE.replace("}", ", cache: {kind: teacache}}"),
+        HEAD + IMAGE.replace("}", ", cache: {kind: cache_dit}}"),
         "6:70",
         f"{MODEL_0}.cache.kind",
-        "'teacache' is not supported yet; use 'none'",
+        "'cache_dit' is not supported yet; use 'teacache' or 'none'",
     ),
     "engine argument with a key of its own": (
         HEAD + CHAT.replace("}", ", engine_args: {max-model-len: 9, tensor-parallel-size: 2}}"),

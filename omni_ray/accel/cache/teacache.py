@@ -1,0 +1,123 @@
+"""TeaCache: a step whose input to the blocks hardly differs from the last one's is not computed.
+
+Source: https://arxiv.org/abs/2411.19108. The signal is the first block's modulated input. Its relative L1 distance from
+the step before, rescaled by a polynomial of the model's own, estimates how much the blocks' output will change; the
+estimates add up until they pass the threshold, and only then the blocks are computed again. So a higher threshold
+means more reuse, more speed and less likeness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from omni_ray.accel.cache.stacks import Stacks, Streams, fitted
+from omni_ray.accel.modules import transformers_of
+from omni_ray.config.catalog import FAMILIES
+from omni_ray.config.spec import Cache
+from omni_ray.errors import ConfigError
+
+Run = Callable[[], Any]
+"""Starts a forward of the transformer on the rows in question."""
+
+
+@dataclass
+class Kept:
+    """What one request keeps of one transformer in one guidance branch: rows of the step before."""
+
+    signal: torch.Tensor | None = None
+    residuals: list[Streams] = field(default_factory=list)
+    accumulated: float = 0.0
+    num_skipped: int = 0
+    """Steps in a row."""
+
+
+class TeaCache:
+    """The caches of a pipeline's transformers. What requests keep lies with them (:class:`Kept`), not here."""
+
+    def __init__(self, spec: Cache, pipe: DiffusionPipeline) -> None:
+        self._spec = spec
+        self._stacks: dict[str, Stacks] = {}
+        self._coefficients: dict[str, tuple[float, ...]] = {}
+        for name, transformer in transformers_of(pipe).items():
+            family = FAMILIES.get(type(transformer).__name__)
+            if family is None or not family.stacks:
+                raise ConfigError(
+                    f"cache.kind teacache: {type(transformer).__name__} ({name}) is not among the families that it "
+                    f"knows: {', '.join(sorted(n for n, f in FAMILIES.items() if f.stacks))}; set kind: none"
+                )
+            self._stacks[name] = Stacks(transformer, family.stacks)
+            self._coefficients[name] = tuple(spec.coefficients or family.teacache_coefficients)
+
+    def can_skip(
+        self, name: str, kept: Sequence[Kept], sizes: Sequence[int], ends: Sequence[bool], run: Run
+    ) -> list[bool]:
+        """For each request in the batch, whether this step can do without the blocks; notes the step's signal.
+
+        Args:
+            name: the transformer's component name.
+            sizes: rows of each request in the batch that ``run`` puts through the transformer.
+            ends: whether it is a request's first or last step, which are always computed.
+        """
+        signals = self._stacks[name].signal(run).split(list(sizes))
+        distances = _distances([each.signal for each in kept], signals)
+        skips = []
+        for each, signal, distance, end in zip(kept, signals, distances, ends, strict=True):
+            each.signal = signal
+            skips.append(self._decide(self._coefficients[name], each, distance, end))
+        return skips
+
+    def _decide(self, coefficients: tuple[float, ...], kept: Kept, distance: float | None, end: bool) -> bool:
+        if end or distance is None or not kept.residuals or kept.num_skipped >= self._spec.max_consecutive_skips:
+            return _computed(kept)
+        kept.accumulated += max(0.0, polynomial(coefficients, distance))
+        if kept.accumulated >= self._spec.threshold:
+            return _computed(kept)
+        kept.num_skipped += 1
+        return True
+
+    def compute(self, name: str, kept: Sequence[Kept], sizes: Sequence[int], run: Run) -> Any:
+        """The answer of a whole forward; each request keeps what the blocks added."""
+        answer, residuals = self._stacks[name].record(run)
+        for each in kept:
+            each.residuals = []
+        for streams in residuals:
+            rows = [[None] * len(sizes) if x is None else x.split(list(sizes)) for x in streams]
+            for each, *own in zip(kept, *rows, strict=True):
+                each.residuals.append(tuple(own))
+        return answer
+
+    def reuse(self, name: str, kept: Sequence[Kept], run: Run) -> Any:
+        """The answer of a forward in which each request's kept residuals stand for the blocks."""
+        return self._stacks[name].reuse(run, list(zip(*(each.residuals for each in kept), strict=True)))
+
+
+def polynomial(coefficients: Sequence[float], x: float) -> float:
+    """The highest power first, as numpy has them."""
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+def _computed(kept: Kept) -> bool:
+    kept.accumulated, kept.num_skipped = 0.0, 0
+    return False
+
+
+def _distances(before: Sequence[torch.Tensor | None], now: Sequence[torch.Tensor]) -> list[float | None]:
+    """Relative L1 distance of each pair, None where there is no step before. Reads the device once."""
+    found = {i: _distance(old, new) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old is not None}
+    values: list[float] = torch.stack(list(found.values())).tolist() if found else []
+    by_index = dict(zip(found, values, strict=True))
+    return [by_index.get(i) for i in range(len(now))]
+
+
+def _distance(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Of sums, to which the padding at the end, which is zero here, adds nothing."""
+    old = fitted(old, new.shape[1]).float()
+    return (new.float() - old).abs().sum() / old.abs().sum().clamp_min(1e-12)

@@ -1,0 +1,137 @@
+"""TeaCache in the engine, for each family: what is reused, that nothing leaks from one request to another, and the
+decision itself."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from omni_ray.accel.cache.teacache import Kept, TeaCache, polynomial
+from omni_ray.config.catalog import FAMILIES as CATALOG
+from omni_ray.config.spec import Batching, Cache
+from omni_ray.engine import lane
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.errors import ConfigError
+from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
+from tests.ranks import jobs_of, pixels
+from tests.tiny_dit import build
+
+FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
+IDENTITY = (1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, DiffusionPipeline] = {}
+
+    def load(family: str) -> DiffusionPipeline:
+        if family not in made:
+            made[family] = DiffusionPipeline.from_pretrained(build(family, tmp_path_factory.mktemp(family)))
+            made[family].set_progress_bar_config(disable=True)
+        return made[family]
+
+    return load
+
+
+def serve(
+    pipe: DiffusionPipeline, jobs: list[Job], threshold: float | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], dict[str, list[Event]]]:
+    """The pixels and events of the jobs, run side by side; without a cache where ``threshold`` is None."""
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(lane, "encode_outputs", lambda output, job: iter(made.update({job.id: pixels(output)}) or ()))
+    spec = None if threshold is None else Cache(kind="teacache", threshold=threshold, coefficients=IDENTITY)
+    loop = EngineLoop(pipe, Batching(max_num_seqs=8), cache=TeaCache(spec, pipe) if spec else None)
+    events: dict[str, list[Event]] = {job.id: [] for job in jobs}
+    ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def collect(job: Job) -> Any:
+        def emit(event: Event) -> None:
+            events[job.id].append(event)
+            if isinstance(event, (Usage, Failure)):
+                ended.put(event)
+
+        return emit
+
+    loop.start()
+    for job in jobs:
+        loop.submit(job, collect(job))
+    for _ in jobs:
+        last = ended.get(timeout=60)
+        assert isinstance(last, Usage), last
+    loop.stop()
+    return made, events
+
+
+def usage(events: list[Event]) -> Usage:
+    last = events[-1]
+    assert isinstance(last, Usage)
+    return last
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lanes_side_by_side_skip_as_they_do_alone(family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, jobs = tiny(family), jobs_of(family)[:5]
+    together, events = serve(pipe, jobs, 1e9, monkeypatch)
+    skipped = 0
+    for job in jobs:
+        alone, own = serve(pipe, [job], 1e9, monkeypatch)
+        assert np.abs(together[job.id] - alone[job.id]).max() < 1e-4
+        assert usage(own[job.id]).steps_skipped == usage(events[job.id]).steps_skipped
+        skipped += usage(own[job.id]).steps_skipped
+    assert skipped > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_threshold_that_never_lets_skip_changes_nothing(
+    family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, job = tiny(family), jobs_of(family)[1]
+    with_cache, events = serve(pipe, [job], 1e-9, monkeypatch)
+    without, _ = serve(pipe, [job], None, monkeypatch)
+    assert (with_cache[job.id] == without[job.id]).all()
+    assert usage(events[job.id]).steps_skipped == 0
+
+
+def test_first_and_last_step_are_computed_and_skips_are_limited(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs_of("flux")[0]
+    job = Job(id="j", model="m", group="m", params=job.params | {"num_inference_steps": 12}, seed=0)
+    _, events = serve(tiny("flux"), [job], 1e9, monkeypatch)
+    computed = [event.computed for event in events["j"] if isinstance(event, StepEvent)]
+    assert computed == [True, *[False] * 4, True, *[False] * 4, True, True]
+    assert (usage(events["j"]).steps_computed, usage(events["j"]).steps_skipped) == (4, 8)
+
+
+def test_estimates_add_up_to_the_threshold(tiny: Any) -> None:
+    cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"))
+    kept = Kept(residuals=[(None,)])
+    decisions = [cache._decide(IDENTITY, kept, 0.1, end=False) for _ in range(6)]
+    assert decisions == [True, True, False, True, True, False]
+    assert cache._decide(IDENTITY, kept, 0.0, end=True) is False
+    assert cache._decide(IDENTITY, kept, None, end=False) is False
+
+
+def test_the_polynomial_is_numpys() -> None:
+    coefficients = CATALOG["FluxTransformer2DModel"].teacache_coefficients
+    for x in (0.0, 0.05, 0.3):
+        assert polynomial(coefficients, x) == pytest.approx(float(np.polyval(coefficients, x)))
+
+
+def test_an_unknown_family_is_refused() -> None:
+    class Pipe:
+        components = {"transformer": torch.nn.Linear(1, 1)}  # noqa: RUF012
+
+    with pytest.raises(ConfigError, match=r"Linear \(transformer\) is not among the families"):
+        TeaCache(Cache(kind="teacache"), Pipe())  # type: ignore[arg-type]
+
+
+def test_the_checkpoint_is_as_it_was(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny("flux")
+    names = list(pipe.transformer.state_dict())
+    serve(pipe, jobs_of("flux")[:1], 1e9, monkeypatch)
+    assert list(pipe.transformer.state_dict()) == names
