@@ -1,23 +1,31 @@
-"""Loads a diffusers pipeline component by component, so that its progress can be told in bytes."""
+"""Loads a diffusers pipeline component by component, and tells its progress in bytes."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from omni_ray.accel import weights
+from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in total, name of the component that comes next)."""
+"""Called with (bytes done, bytes in total, name of the component that is read)."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
@@ -40,8 +48,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of ``folder`` with its weights on ``device``, in eval mode.
 
-    With tensor parallelism the transformers stay mapped from their files, of which nothing is read before each rank has
-    cut out its part; move the pipeline to the device then. Where the files have another dtype they are read whole.
+    With tensor parallelism nothing is read of the transformers yet: cut them, then call `read_parts`. (On a CPU, and
+    where they cannot be read in parts, they are mapped from their files; those of another dtype are read whole.)
 
     Raises ConfigError where a component's class is unknown to the installed libraries.
     """
@@ -51,36 +59,85 @@ def load_pipeline(
         for name, entry in index.items()
         if _is_model(folder / name) and entry[0] in ("diffusers", "transformers")
     }
-    sizes = {name: _num_bytes(folder / name) for name in components}
+    in_parts = {name for name in components if group.parallel.tensor > 1 and name.startswith("transformer")}
+    sizes = {name: 0 if name in in_parts else _num_bytes(folder / name) for name in components}
     done, total, loaded = 0, sum(sizes.values()), {}
     for name, entry in components.items():
         progress(done, total, name)
         cls = _component_class(folder, name, entry)
-        module = (
-            _random(cls, folder / name, dtype, device)
-            if group.load_format == "dummy"
-            else cls.from_pretrained(folder / name, dtype=dtype)
-        )
-        mapped = group.parallel.tensor > 1 and name.startswith("transformer")
-        loaded[name] = (module if mapped else module.to(device)).eval().requires_grad_(False)
+        if group.load_format == "dummy":
+            module = _random(cls, folder / name, dtype, device)
+        elif name in in_parts:
+            module = _empty(cls, folder / name, dtype, device)
+        else:
+            module = _load(cls, folder / name, dtype, device, functools.partial(_report, progress, name, done, total))
+        loaded[name] = module.eval().requires_grad_(False)
         done += sizes[name]
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=group.trust_remote_code, **loaded)
+    # DiffusionPipeline itself ignores what is passed for a component that is optional in the pipeline's class.
+    pipeline = getattr(diffusers, str(index["_class_name"]), DiffusionPipeline)
+    pipe = pipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=group.trust_remote_code, **loaded)
+    pipe.register_modules(**loaded)
     progress(total, total, "")
-    return pipe
+    return cast(DiffusionPipeline, pipe)
+
+
+def read_parts(
+    pipe: DiffusionPipeline,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks,
+) -> None:
+    """Read this rank's part of the transformers, which are cut, and move the pipeline to the device.
+
+    Args:
+        ranks: the tensor dimension of the mesh.
+    """
+    for name, transformer in transformers_of(pipe).items():
+        if any(parameter.is_meta for parameter in transformer.parameters()):
+            report = functools.partial(_report, progress, name, 0, 0)
+            weights.read_parts(transformer, folder / name, dtype, device, ranks, report)
+    pipe.to(device)
+
+
+def _report(progress: Progress, name: str, before: int, total: int, done: int, own_total: int) -> None:
+    """``done`` of a component, after ``before`` of other ones; where no ``total`` of all is known, its own counts."""
+    progress(before + done, total or own_total, name)
+
+
+def _load(
+    cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[int, int], None]
+) -> torch.nn.Module:
+    """A component on the device."""
+    if device.type == "cpu":  # from_pretrained maps the files: nothing is read before it is used
+        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype))
+    if issubclass(cls, PreTrainedModel):  # transformers copies from mapped files in several threads
+        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype, device_map={"": device}).to(device))
+    try:
+        return weights.load_model(cls, folder, dtype, device, progress)
+    except weights.Unsuitable as reason:
+        logger.warning("%s is loaded slowly, by from_pretrained: %s", folder, reason)
+        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype).to(device))
+
+
+def _empty(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A component of which a part will be read."""
+    if device.type != "cpu":
+        try:
+            return weights.empty_model(cls, folder, dtype)[0]
+        except weights.Unsuitable as reason:
+            logger.warning("%s is loaded slowly, by from_pretrained: %s", folder, reason)
+    return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype))
 
 
 def _random(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """A component with the weights that its constructor draws, made on the device: the same ones on every rank."""
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            if issubclass(cls, PreTrainedModel):
-                return cast(torch.nn.Module, cls(cls.config_class.from_pretrained(folder)))
-            return cast(torch.nn.Module, cls.from_config(cls.load_config(folder)))
-    finally:
-        torch.set_default_dtype(before)
+    with weights.default_dtype(dtype), torch.device(device):
+        if issubclass(cls, PreTrainedModel):
+            return cast(torch.nn.Module, cls(cls.config_class.from_pretrained(folder)))
+        return cast(torch.nn.Module, cls.from_config(cls.load_config(folder)))
 
 
 def _is_model(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import queue
 import random
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from omni_ray.accel.cache.teacache import TeaCache
+    from omni_ray.accel.parallel.mesh import Ranks
     from omni_ray.engine.exchange import Exchange
     from omni_ray.engine.lockstep import Lockstep
     from omni_ray.engine.loop import EngineLoop
@@ -90,7 +92,7 @@ class Rank:
         import torch  # here, since the process that owns the gang imports this module and needs no torch
 
         from omni_ray.accel.capabilities import read_capabilities
-        from omni_ray.accel.loader import load_pipeline, resolve
+        from omni_ray.accel.loader import load_pipeline, read_parts, resolve
         from omni_ray.engine.lockstep import Alone
         from omni_ray.engine.loop import EngineLoop
 
@@ -103,10 +105,10 @@ class Rank:
         lockstep = Alone() if address is None else self._meet_the_others(address, device)
         folder = resolve(self._source)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-        pipe = load_pipeline(
-            folder, getattr(torch, dtype), device, group, lambda *seen: report("loading weights", *seen)
-        )
-        exchange, cache = self._accelerate(pipe, device)
+        loading = (folder, getattr(torch, dtype), device)
+        progress = functools.partial(report, "loading weights")
+        pipe = load_pipeline(*loading, group, progress)
+        exchange, cache = self._accelerate(pipe, device, functools.partial(read_parts, pipe, *loading, progress))
         capabilities = read_capabilities(pipe, folder, group)
         self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, cache)
         self._loop.start()
@@ -122,8 +124,12 @@ class Rank:
         world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
         return Lockstep()
 
-    def _accelerate(self, pipe: DiffusionPipeline, device: torch.device) -> tuple[Exchange | None, TeaCache | None]:
+    def _accelerate(
+        self, pipe: DiffusionPipeline, device: torch.device, read_parts: Callable[[Ranks], None]
+    ) -> tuple[Exchange | None, TeaCache | None]:
         """Apply the accelerators, in the one order in which they work together.
+
+        ``read_parts`` reads what this rank keeps of the transformers, once they are cut.
 
         Returns those that the engine loop has to know: the exchange of the cfg axis, and the cache.
         """
@@ -131,6 +137,7 @@ class Rank:
         from omni_ray.accel.cache.teacache import TeaCache
         from omni_ray.accel.compile import apply_compile
         from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
+        from omni_ray.accel.parallel.mesh import Ranks
         from omni_ray.engine.exchange import Exchange
 
         group, exchange = self._group, None
@@ -140,7 +147,7 @@ class Rank:
             apply_parallel(pipe, group.parallel, mesh)
             if group.parallel.vae == "auto":
                 split_decode(pipe)
-            pipe.to(device)  # the transformers of tensor-parallel ranks are still in their files
+            read_parts(Ranks.of(mesh, "tensor"))
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
         cache = TeaCache(group.cache, pipe) if group.cache.kind == "teacache" else None
         apply_compile(pipe, group.compile)
