@@ -36,9 +36,12 @@ class Jobs:
 
     async def run(self, route: Route, job: Job) -> Result:
         """The job's outputs and cost. Cancelling this cancels the job; a job's failure is raised as its own error."""
-        return await call(self._directory, route.group, lambda: self._attempt(route, job))
+        media, end = await call(self._directory, route.group, lambda: self._attempt(route, job))
+        if isinstance(end, Failure):  # raised out here: the router has made its attempts, and another asks for no more
+            raise end.error
+        return Result(route, tuple(media), end)
 
-    async def _attempt(self, route: Route, job: Job) -> Result:
+    async def _attempt(self, route: Route, job: Job) -> tuple[list[Media], Usage | Failure]:
         media: list[Media] = []
         end: Usage | Failure | None = None
         async for event in items(self._run.remote(job)):
@@ -46,8 +49,6 @@ class Jobs:
                 media.append(event)
             elif isinstance(event, (Usage, Failure)):
                 end = event
-        if isinstance(end, Failure):
-            raise end.error
         if end is None:
             raise EngineFailed(f"{route.group} ended request {job.id} without an answer")
-        return Result(route, tuple(media), end)
+        return media, end

@@ -72,7 +72,8 @@ def signature(call: Call) -> Hashable:
     leaves, tree = _flatten(call, size)
     positions = tuple(_fingerprint(value) for name, value in sorted(call.kwargs.items()) if _is_positions(name, value))
     kinds = tuple(_leaf_signature(leaf, size) for leaf in leaves)
-    return call.name, call.method, call.autocast, str(tree), kinds, positions
+    alone = call.lane.id if "pixel_values" in call.kwargs else None  # of all images, in a row, whatever the batch
+    return call.name, call.method, call.autocast, str(tree), kinds, positions, alone
 
 
 def _is_positions(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ pipeline that does read its first answer early just waits there, as it would hav
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ class Deferred(torch.Tensor):
     @staticmethod
     def of(get: Callable[[], torch.Tensor]) -> Deferred:
         made = torch.Tensor._make_subclass(Deferred, torch.empty(0))
-        made.get = get
+        made.get = functools.cache(get)
         return made
 
     @classmethod

@@ -39,7 +39,7 @@ class Forward:
         cache: TeaCache | None = None,
     ) -> None:
         self.alone: set[tuple[str, str]] = set()
-        self._ranks = exchange or lockstep  # those that compute the same calls as this one
+        self._lockstep = lockstep
         self._cache = cache
         self._pipe = pipe
         self._clock = clock
@@ -48,23 +48,22 @@ class Forward:
     def compute(self, shares: list[list[Call]]) -> list[Call]:
         """Answer every call of the shares, and return them. One call alone is cut along its batch if it can be."""
         calls = [call for share in shares for call in share]
-        if self._exchange is None:
-            self._answer(calls, self._run(calls))
-        elif len(shares) == self._exchange.size:
-            own = self._run(shares[self._exchange.index], calls)
-            for share, answers in zip(shares, self._exchange.all(own), strict=True):
+        exchange = self._exchange
+        if exchange is not None and len(shares) == exchange.size:
+            own = self._run(shares[exchange.index], exchange, calls)
+            for share, answers in zip(shares, exchange.all(own), strict=True):
                 self._answer(share, answers)
-        elif self._exchange.size > 1 and batch.is_even(calls, self._exchange.size):
-            self._answer(calls, [self._in_parts(calls[0], self._exchange)])
+        elif exchange is not None and batch.is_even(calls, exchange.size):
+            self._answer(calls, [self._in_parts(calls[0], exchange)])
         else:
-            self._answer(calls, self._run(calls))
+            self._answer(calls, self._run(calls, self._lockstep))
         return calls
 
     @staticmethod
     def _answer(calls: list[Call], answers: list[Answer]) -> None:
         for call, answer in zip(calls, answers, strict=True):
             if isinstance(answer, BaseException):
-                call.error = answer
+                call.error = answer.with_traceback(None)  # its frames hold the activations of the forward
             else:
                 call.result = answer
 
@@ -73,36 +72,47 @@ class Forward:
         try:
             own = self._forward([call], *batch.part(call, exchange.index, exchange.size))
         except Exception as error:
-            self._ranks.confirm_failure()
+            self._check(error, exchange)
             own = error
         parts = [part for (part,) in exchange.all([own])]
         return next((part for part in parts if isinstance(part, BaseException)), None) or batch.concat(parts)
 
-    def _run(self, calls: list[Call], charged: list[Call] | None = None) -> list[Answer]:
-        """The answers of ``calls``, computed in one forward if possible; its time goes to the calls ``charged``."""
+    def _run(
+        self, calls: list[Call], ranks: Alone | Lockstep | Exchange, charged: list[Call] | None = None
+    ) -> list[Answer]:
+        """The answers of ``calls``, computed in one forward if possible; its time goes to the calls ``charged``.
+
+        ``ranks`` are those that compute the same calls. What fails together is tried one by one, so that no request
+        fails for another.
+        """
         first = calls[0]
         try:
             if self._cache is not None and batch.is_denoising(first):
-                return self._cached(self._cache, calls, charged)
+                return self._cached(self._cache, calls, ranks, charged)
             return batch.split(self._forward(charged or calls, *batch.join(calls), first), calls)
         except batch.Unsplittable as reason:
             logger.warning("%s.%s is computed one request at a time: %s", first.name, first.method, reason)
             self.alone.add((first.name, first.method))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            self._check(error, ranks)
             if len(calls) == 1:
+                logger.warning("%s.%s failed", first.name, first.method, exc_info=error)
                 return [error]
-            logger.warning(
-                "no memory for %d requests in one forward, so each is computed alone; "
-                "lower batching.max_num_batched_tokens",
-                len(calls),
-            )
-        except Exception as error:  # the lanes whose forward it was fail; the others go on
-            self._ranks.confirm_failure()
-            return [error] * len(calls)
-        return [answer for call in calls for answer in self._run([call], charged)]
+            advice = "; lower batching.max_num_batched_tokens" if isinstance(error, torch.OutOfMemoryError) else ""
+            logger.warning("%d requests failed together, and are computed alone: %s%s", len(calls), error, advice)
+        return [answer for call in calls for answer in self._run([call], ranks, charged)]
 
-    def _cached(self, cache: TeaCache, calls: list[Call], charged: list[Call] | None) -> list[Answer]:
-        """The answers of a transformer's calls, of which the cache knows some."""
+    @staticmethod
+    def _check(error: Exception, ranks: Alone | Lockstep | Exchange) -> None:
+        """Raise where the failure is not the request's: another rank did not fail, or the device is lost."""
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            raise error
+        ranks.confirm_failure()
+
+    def _cached(
+        self, cache: TeaCache, calls: list[Call], ranks: Alone | Lockstep | Exchange, charged: list[Call] | None
+    ) -> list[Answer]:
+        """The answers of a transformer's calls, of which the cache knows some. Each call is decided about once."""
         name = calls[0].name
         answers: dict[str, Answer] = {}
 
@@ -115,10 +125,12 @@ class Forward:
         def sizes(some: list[Call]) -> list[int]:
             return [batch.batch_size(call) for call in some]
 
-        ends = [call.lane.step in (0, call.lane.num_steps - 1) for call in calls]
-        skips = self._ranks.same(cache.can_skip(name, kept(calls), sizes(calls), ends, run(calls)))
-        for call, skip in zip(calls, skips, strict=True):
-            call.skipped = skip
+        if new := [call for call in calls if call.skipped is None]:
+            ends = [call.lane.step in (0, call.lane.num_steps - 1) for call in new]
+            skips = ranks.same(cache.can_skip(name, kept(new), sizes(new), ends, run(new)))
+            for call, skip in zip(new, skips, strict=True):
+                call.skipped = skip
+                call.lane.branches_skipped += skip
         if known := [call for call in calls if call.skipped]:
             answer = cache.reuse(name, kept(known), run(known))
             answers |= zip([call.id for call in known], batch.split(answer, known), strict=True)

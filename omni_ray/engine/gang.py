@@ -37,7 +37,7 @@ class Gang:
             .options(
                 num_cpus=group.num_cpus,
                 num_gpus=num_gpus,
-                max_concurrency=group.batching.max_num_seqs + 16,
+                max_concurrency=1000,  # a ping must never wait for requests that still unwind
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
             )
             .remote(group, source, index, replica_id)
@@ -56,10 +56,15 @@ class Gang:
         address = await self._leader.meet.remote() if len(self._ranks) > 1 else None
         leader, *others = [rank.load.options(num_returns="streaming").remote(address) for rank in self._ranks]
         following = [asyncio.ensure_future(_exhaust(stream)) for stream in others]
-        steps = leader.__aiter__()
+        steps, capabilities = leader.__aiter__(), None
         while (step := await _first(_next(steps), following)) is not None:
-            yield step
+            if isinstance(step, Capabilities):
+                capabilities = step
+            else:
+                yield step
         await asyncio.gather(*following)
+        assert capabilities is not None
+        yield capabilities
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """The job's events. Closing the iterator cancels the job on the ranks within one denoise step."""

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from omni_ray.engine.deferred import answer, structure
 from omni_ray.errors import EngineFailed
 
 if TYPE_CHECKING:
-    from torch.utils._pytree import TreeSpec
-
     from omni_ray.engine.lane import Lane
 
 COMPUTING = ("forward", "encode", "decode", "generate", "get_image_features", "get_text_features")
@@ -37,7 +36,7 @@ class Call:
 
     ``id`` is the same on every rank: the lane's, and the call's number in it. ``ordinal`` counts the forwards of the
     lane's transformers within a step. The lane sleeps until a call is answered, unless it is ``deferred``. ``skipped``
-    says that a cache answered.
+    says whether a cache answers it, once that is decided.
     """
 
     __slots__ = (
@@ -63,7 +62,8 @@ class Call:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs
         self.id = f"{lane.id}/{lane.num_calls}"
         self.ordinal = lane.branches
-        self.deferred = self.skipped = False
+        self.deferred = False
+        self.skipped: bool | None = None
         self.branch: str | None = lane.branch
         self.autocast = _autocast_state(lane.device.type)
         self.key: Hashable = None
@@ -83,7 +83,6 @@ class Gate:
     def __init__(self, describe: Callable[[Call], None], defers: bool = False) -> None:
         self._describe = describe
         self._defers = defers
-        self._structures: dict[str, TreeSpec | None] = {}  # of each module's answers
         self._changed = threading.Condition()
         self._waiting: dict[str, Call] = {}
         self._lanes: set[str] = set()
@@ -110,8 +109,9 @@ class Gate:
         """
         call = Call(lane, name, method, args, kwargs)
         self._describe(call)
-        spec = self._structures.get(name) if self._defers and lane.begins_a_guided_step(name, method) else None
-        call.deferred = spec is not None
+        spec = lane.structures.get(name) if self._defers and lane.begins_a_guided_step(name, method) else None
+        if spec is not None:  # the pipeline goes on, and may change the dicts and lists that it passed
+            call.deferred, (call.args, call.kwargs) = True, pytree.tree_map(lambda leaf: leaf, (args, kwargs))
         lane.count_call(name, method)
         with self._changed:
             if lane.id in self._cancelled:
@@ -122,7 +122,7 @@ class Gate:
             return answer(spec, functools.partial(self._result, call))
         result = self._result(call)
         if self._defers and method == "forward":
-            self._structures[name] = structure(result)
+            lane.structures[name] = structure(result)
         return result
 
     def _result(self, call: Call) -> Any:
@@ -136,7 +136,6 @@ class Gate:
         call.wake.wait()
         if call.error is not None:
             raise call.error
-        call.lane.branches_skipped += call.skipped
         return call.result
 
     # -- the loop's side -------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch.utils._pytree import TreeSpec
 
 Emit = Callable[[Event], None]
 
@@ -54,6 +55,7 @@ class Lane:
         self.branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
         self.branches_skipped = 0
         self.kept: dict[tuple[str, int], Any] = {}  # what a cache keeps of this request
+        self.structures: dict[str, TreeSpec | None] = {}  # of its transformers' answers
         self._gate = gate
         self._emit = emit or _tell_nobody
         self._follows = emit is None
@@ -126,10 +128,13 @@ class Lane:
             self._emit(self._usage(started))
         except LaneCancelled:
             self._emit(Failure(job_id=self.id, error=Cancelled(f"request {self.id} was cancelled at step {self.step}")))
-        except Exception as error:
+        except BaseException as error:  # a tokenizer's panic is no Exception, and its request wants an answer too
             self._emit(Failure(job_id=self.id, error=self._explain(error)))
         finally:
             self._gate.leave(self)
+            # These two hold the lane, which holds them: such a cycle would keep its tensors for a while.
+            del self._pipe.scheduler.step, self._pipe
+            self.kept.clear()
 
     def _call_pipeline(self) -> Any:
         """Run the pipeline; the seed makes a CPU generator, so that an image does not depend on the kind of device."""
@@ -155,7 +160,7 @@ class Lane:
             run_s=time.perf_counter() - started,
         )
 
-    def _explain(self, error: Exception) -> OmniRayError:
+    def _explain(self, error: BaseException) -> OmniRayError:
         if isinstance(error, OmniRayError):
             return error
         if isinstance(error, torch.OutOfMemoryError):

@@ -72,7 +72,7 @@ class EngineLoop:
         """Cancel what runs and end the thread."""
         with self._inbox_lock:
             self._stopping = True
-            self._cancelled.extend(self._lanes)
+            self._cancelled.extend([*list(self._lanes), *(job.id for job, _ in self._inbox)])
         self._gate.nudge()
         self._thread.join()
 
@@ -111,7 +111,7 @@ class EngineLoop:
         with self._inbox_lock:
             cancel, self._cancelled = tuple(self._cancelled), []
             self._drop_queued(cancel)
-            num_free = self._batching.max_num_seqs - len(self._lanes)
+            num_free = 0 if self._stopping else self._batching.max_num_seqs - len(self._lanes)
             admitted, self._inbox = self._inbox[:num_free], self._inbox[num_free:]
             self._emits.update({job.id: emit for job, emit in admitted})
         run: list[list[Call]] = []

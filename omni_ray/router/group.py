@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 
@@ -57,7 +58,6 @@ class GroupDispatcher:
         finally:
             if record.state in ("queued", "running"):
                 record.state = "cancelled"
-            balance.remaining_s.pop(job.id, None)
             await asyncio.shield(self.queue.leave(record))
 
     async def _attempts(self, record: JobRecord) -> AsyncIterator[Event]:
@@ -96,16 +96,18 @@ class GroupDispatcher:
                 record.progress = 0.0
 
     async def _attempt(self, record: JobRecord) -> AsyncIterator[Event]:
-        job = record.job
-        balance.remaining_s[job.id] = record.remaining_s
-        stream = self._handle.options(stream=True).run.remote(job)
+        """One attempt, under an id of its own: the replica may still be unwinding the one before."""
+        attempt = dataclasses.replace(record.job, id=f"{record.job.id}.{record.attempts}")
+        balance.remaining_s[attempt.id] = record.remaining_s
+        stream = self._handle.options(stream=True).run.remote(attempt)
         try:
             async for event in stream:
                 if isinstance(event, StepEvent):
                     record.progress = event.step / event.num_steps
-                    balance.remaining_s[job.id] = record.remaining_s
-                yield event
+                    balance.remaining_s[attempt.id] = record.remaining_s
+                yield dataclasses.replace(event, job_id=record.job.id)
         finally:
+            balance.remaining_s.pop(attempt.id, None)
             stream.cancel()
 
     def _finish(self, record: JobRecord, usage: Usage) -> None:

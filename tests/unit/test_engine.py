@@ -5,9 +5,11 @@ With batch size 1 forced the images are equal bit for bit; joined, they differ b
 
 from __future__ import annotations
 
+import gc
 import io
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from omni_ray.config.spec import Batching
+from omni_ray.engine import lane
 from omni_ray.engine.lockstep import Alone, Turn
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import Cancelled
@@ -244,3 +247,58 @@ def test_tiny_checkpoints_are_the_same_every_time(tmp_path: Path) -> None:
     first, second = build("flux", tmp_path / "a"), build("flux", tmp_path / "b")
     name = "transformer/diffusion_pytorch_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_what_fails_together_is_tried_one_by_one(engine: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny("flux")
+    forward = pipe.transformer.forward
+
+    def alone_only(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        if len(hidden_states) > 1:
+            raise IndexError("two are too many")
+        return forward(hidden_states=hidden_states, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", alone_only)
+    running = engine("flux", Batching())
+    jobs = [job("flux", i, "a", 4) for i in range(3)]
+    for each in jobs:
+        running.submit(each)
+    for each in jobs:
+        assert isinstance(running.result(each.id)[-1], Usage)
+
+
+def test_a_panic_is_answered(engine: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(*_: Any, **__: Any) -> Any:
+        raise Panic("as a Rust library's is")
+
+    monkeypatch.setattr(type(tiny("flux")), "encode_prompt", panic)
+    running = engine("flux")
+    running.submit(job("flux", 0, "a", 4))
+    failure = running.result("flux-0")[-1]
+    assert isinstance(failure, Failure)
+    assert "Panic" in failure.error.message
+
+
+def test_an_ended_lane_is_freed_at_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes: list[weakref.ref[Any]] = []
+    start = lane.Lane.start
+    monkeypatch.setattr(lane.Lane, "start", lambda self: (lanes.append(weakref.ref(self)), start(self)))
+    running = Engine(tiny("flux"), Batching())
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(3):
+            running.submit(job("flux", i, "a", 2))
+            running.result(f"flux-{i}")
+        running.loop.stop()
+        del running
+        deadline = time.monotonic() + 10
+        while any(ref() is not None for ref in lanes):
+            assert time.monotonic() < deadline, "a reference cycle keeps lanes"
+            time.sleep(0.05)
+    finally:
+        gc.enable()
+    assert len(lanes) == 3

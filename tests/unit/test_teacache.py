@@ -107,6 +107,21 @@ def test_first_and_last_step_are_computed_and_skips_are_limited(tiny: Any, monke
     assert (usage(events["j"]).steps_computed, usage(events["j"]).steps_skipped) == (4, 8)
 
 
+def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, (job, *_) = tiny("flux"), jobs_of("flux")
+    jobs = [Job(id=str(i), model="m", group="m", params=job.params, seed=i) for i in range(3)]
+    compute = TeaCache.compute
+
+    def out_of_memory(self: TeaCache, name: str, kept: Any, sizes: Any, run: Any) -> Any:
+        if len(kept) > 1:
+            raise torch.OutOfMemoryError
+        return compute(self, name, kept, sizes, run)
+
+    monkeypatch.setattr(TeaCache, "compute", out_of_memory)
+    _, events = serve(pipe, jobs, 1e-9, monkeypatch)
+    assert [usage(events[job.id]).steps_skipped for job in jobs] == [0, 0, 0]
+
+
 def test_estimates_add_up_to_the_threshold(tiny: Any) -> None:
     cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"))
     kept = Kept(residuals=[(None,)])

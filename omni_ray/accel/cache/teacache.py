@@ -63,7 +63,7 @@ class TeaCache:
             sizes: rows of each request in the batch that ``run`` puts through the transformer.
             ends: whether it is a request's first or last step, which are always computed.
         """
-        signals = self._stacks[name].signal(run).split(list(sizes))
+        signals = _rows(self._stacks[name].signal(run), sizes)
         distances = _distances([each.signal for each in kept], signals)
         skips = []
         for each, signal, distance, end in zip(kept, signals, distances, ends, strict=True):
@@ -86,7 +86,7 @@ class TeaCache:
         for each in kept:
             each.residuals = []
         for streams in residuals:
-            rows = [[None] * len(sizes) if x is None else x.split(list(sizes)) for x in streams]
+            rows = [[None] * len(sizes) if x is None else _rows(x, sizes) for x in streams]
             for each, *own in zip(kept, *rows, strict=True):
                 each.residuals.append(tuple(own))
         return answer
@@ -94,6 +94,11 @@ class TeaCache:
     def reuse(self, name: str, kept: Sequence[Kept], run: Run) -> Any:
         """The answer of a forward in which each request's kept residuals stand for the blocks."""
         return self._stacks[name].reuse(run, list(zip(*(each.residuals for each in kept), strict=True)))
+
+
+def _rows(x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Each request's rows, in memory of their own, so that none keeps those of the others."""
+    return [x] if len(sizes) == 1 else [row.clone() for row in x.split(list(sizes))]
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:
