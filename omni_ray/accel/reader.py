@@ -20,11 +20,9 @@ import torch
 
 from omni_ray.errors import ConfigError
 
-NUM_THREADS = 8
 Progress = Callable[[int, int], None]
 """Called with the bytes that are read so far, and those that will be."""
 
-BUFFER_BYTES = 16 * 2**20
 REPORT_INTERVAL_S = 0.2
 MAX_HEADER_BYTES = 100 * 2**20
 
@@ -42,6 +40,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How files are read. A thread has two buffers on a GPU, which it pins."""
+
+    num_threads: int = 8
+    buffer_bytes: int = 16 * 2**20
+
+
+DEFAULT = Options()
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,7 @@ def read(
     targets: Iterable[Target],
     device: torch.device,
     progress: Progress = lambda done, total: None,
-    num_threads: int = NUM_THREADS,
-    buffer_bytes: int = BUFFER_BYTES,
+    options: Options = DEFAULT,
 ) -> None:
     """Read all ``targets``, whose tensors are on ``device``. What was read is there when it returns.
 
@@ -114,8 +122,9 @@ def read(
 
     Raises ConfigError where a file ends too early, and what the operating system says where one cannot be read.
     """
-    runs = list(_runs([piece for target in targets for piece in _pieces(target, buffer_bytes)], buffer_bytes))
-    work, num_threads = _Work(runs), min(num_threads, len(runs))
+    most = options.buffer_bytes
+    runs = list(_runs([piece for target in targets for piece in _pieces(target, most)], most))
+    work, num_threads = _Work(runs), min(options.num_threads, len(runs))
     total = sum(run.end - run.start for run in runs)
     descriptors = {file: os.open(file, os.O_RDONLY) for file in sorted({run.file for run in runs})}
     size = max((run.end - run.start for run in runs), default=0)

@@ -14,11 +14,12 @@ from typing import Any, cast
 import accelerate
 import torch
 from diffusers import ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
 
 from omni_ray.accel import reader
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.accel.parallel.tensor import shard_specs
-from omni_ray.accel.reader import Part, Progress, Stored, Target
+from omni_ray.accel.reader import DEFAULT, Options, Part, Progress, Stored, Target
 from omni_ray.config.catalog import FAMILIES
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -36,14 +37,14 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress = lambda done, total: None,
-    num_threads: int = reader.NUM_THREADS,
+    options: Options = DEFAULT,
 ) -> torch.nn.Module:
     """The model of a folder that ``save_pretrained`` wrote, with its weights on ``device``, in eval mode.
 
     Raises `Unsuitable` before anything is read, ConfigError where a file is broken.
     """
     model, stored = empty_model(cls, folder, dtype)
-    _fill(model, stored, dtype, device, {}, progress, num_threads)
+    _fill(model, stored, dtype, device, {}, progress, options)
     return model.to(device)
 
 
@@ -65,7 +66,7 @@ def read_parts(
         if tuple(tensor.shape) != shape:  # those that the plan does not name are norms, of one dimension
             dim, blocks = (spec.dim, tuple(spec.block_sizes)) if spec else (0, shape)
             parts[name] = Part(dim, blocks, ranks.index, ranks.size)
-    _fill(model, stored, dtype, device, parts, progress, reader.NUM_THREADS)
+    _fill(model, stored, dtype, device, parts, progress)
     model.to(device)
 
 
@@ -81,7 +82,7 @@ def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Mo
     if config.get("quantization_config"):
         raise Unsuitable("its weights are quantized")
     stored = _stored(folder)
-    with default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False):
+    with default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
         model: Any = cls.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := sorted(shapes.keys() - stored.keys()):
@@ -101,7 +102,7 @@ def _fill(
     device: torch.device,
     parts: Mapping[str, Part],
     progress: Progress,
-    num_threads: int,
+    options: Options = DEFAULT,
 ) -> None:
     """Put the weights in place of the model's parameters and persistent buffers. Floating-point ones become ``dtype``.
 
@@ -118,7 +119,7 @@ def _fill(
         new = torch.empty(shape, dtype=wanted if tensor.dtype.is_floating_point else tensor.dtype, device=device)
         targets.append(Target(tensor, new, part))
         _put(model, name, new, old)
-    reader.read(targets, device, progress, num_threads)
+    reader.read(targets, device, progress, options)
 
 
 def _put(model: torch.nn.Module, name: str, new: torch.Tensor, old: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from omni_ray.accel import loader, reader, weights
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel import apply_parallel, build_mesh
 from omni_ray.accel.parallel.mesh import Ranks
-from omni_ray.accel.reader import Part, Target
+from omni_ray.accel.reader import Options, Part, Target
 from omni_ray.config.spec import DitGroup, DitParallel
 from omni_ray.errors import ConfigError
 from tests.tiny_dit import FAMILIES, build
@@ -191,7 +191,7 @@ def test_parts_of_any_shape(num_threads: int, buffer_bytes: int, tmp_path: Path)
         into = torch.empty_like(tensor, dtype=torch.float64)
         targets.append(Target(stored[name], into, part))
         wanted.append(tensor.to(torch.float64))
-    reader.read(targets, CPU, num_threads=num_threads, buffer_bytes=buffer_bytes)
+    reader.read(targets, CPU, options=Options(num_threads, buffer_bytes))
     for target, tensor in zip(targets, wanted, strict=True):
         assert torch.equal(target.into, tensor), target.stored
 
