@@ -42,6 +42,10 @@ DTYPES = {
 }
 
 
+class UnknownFormat(Exception):
+    """A tensor has a number format that torch does not have."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How files are read. A thread has two buffers on a GPU, which it pins."""
@@ -89,7 +93,7 @@ class Target:
 def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of a file, of which none is read.
 
-    Raises ConfigError where the file is no safetensors file, is shorter than it says, or has an unknown number format.
+    Raises ConfigError where the file is no safetensors file or is shorter than it says, UnknownFormat.
     """
     size = file.stat().st_size
     try:
@@ -100,6 +104,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = (first + offset for offset in entry["data_offsets"])
+                if entry["dtype"] not in DTYPES:
+                    raise UnknownFormat(f"{name} has the number format {entry['dtype']}")
                 found[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is no whole safetensors file ({error!r}); download it again") from error

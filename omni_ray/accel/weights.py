@@ -81,7 +81,10 @@ def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Mo
     config = cls.load_config(folder)
     if config.get("quantization_config"):
         raise Unsuitable("its weights are quantized")
-    stored = _stored(folder)
+    try:
+        stored = _stored(folder)
+    except reader.UnknownFormat as error:
+        raise Unsuitable(str(error)) from error
     with default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
         model: Any = cls.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

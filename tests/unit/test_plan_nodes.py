@@ -81,6 +81,15 @@ def test_a_replica_takes_as_many_gpus_of_each_node() -> None:
     assert "nodes     node-0 GPU 0-7 + node-1 GPU 0-7" in report(plan)
 
 
+def test_serve_passes_the_strategy() -> None:
+    from omni_ray.app import _group_options
+
+    (group,) = plan_of(spread(WAN, 2, ulysses=8), inventory="4xH100-80G x 2").groups
+    options = _group_options(group.group, group.placement)
+    assert options["placement_group_strategy"] == "PACK"
+    assert options["placement_group_bundles"] == [{"CPU": 0.5, "GPU": 1.0}] * 8
+
+
 def test_the_nodes_of_a_replica_have_one_card() -> None:
     spec = OmniSpec.model_validate({"models": [spread(WAN, 2, ulysses=8)]})
     (group,) = make_plan(spec, parse_inventory(["4xH100-80G", "4xA100-80G x 2"])).groups

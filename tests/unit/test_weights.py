@@ -119,6 +119,13 @@ def test_other_files_are_told(flux: Path) -> None:
         weights.empty_model(FluxTransformer2DModel, flux, torch.float32)
 
 
+def test_an_unknown_number_format_is_told(flux: Path) -> None:
+    content = (flux / weights.FILE).read_bytes()
+    (flux / weights.FILE).write_bytes(content.replace(b'"F32"', b'"F4" ', 1))
+    with pytest.raises(weights.Unsuitable, match="has the number format F4"):
+        weights.empty_model(FluxTransformer2DModel, flux, torch.float32)
+
+
 def test_what_is_unsuitable_is_loaded_slowly_and_told(flux: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewrite(flux, lambda state: state.update(extra=torch.zeros(3)))
     meta = torch.device("meta")
