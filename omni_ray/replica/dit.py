@@ -35,14 +35,15 @@ class DitReplica:
         self._group = group
         self._router = serve.get_deployment_handle("Router", context.app_name)
         self._replica_id = context.replica_id.unique_id
-        self._gang = launch(group, self._replica_id)
-        self._capabilities = await self._load()
+        self._gang: Gang
+        self._capabilities = await self._load(launch)
         self._report(LoadProgress(group=group.id, replica_id=self._replica_id, phase="ready"))
         self._watch = asyncio.create_task(self._die_with_gang())
 
-    async def _load(self) -> Capabilities:
+    async def _load(self, launch: Callable[[DitGroup, str], Gang]) -> Capabilities:
         self._report(LoadProgress(group=self._group.id, replica_id=self._replica_id, phase="starting"))
         try:
+            self._gang = launch(self._group, self._replica_id)
             async for step in self._gang.load():
                 if isinstance(step, Capabilities):
                     return step
