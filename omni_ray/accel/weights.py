@@ -112,17 +112,32 @@ def _fill(
     Args:
         parts: what this rank keeps of parameters that are cut; the model has their shapes already.
     """
-    keep = _kept_in_fp32(model)
-    targets = []
-    for name, old in list(model.state_dict(keep_vars=True).items()):
-        tensor, part = stored[name], parts.get(name)
-        shape = part.shape(tensor.shape) if part else tensor.shape
+    tensors, targets = dict(model.state_dict(keep_vars=True)), []
+    dtypes = {name: _dtype(model, name, stored[name].dtype, dtype) for name in tensors}
+    _reserve(sum(old.numel() * dtypes[name].itemsize for name, old in tensors.items()), device)
+    for name, old in tensors.items():
+        part, shape = parts.get(name), stored[name].shape
+        shape = part.shape(shape) if part else shape
         assert shape == old.shape, f"{name}: {tuple(old.shape)} in the model, {shape} to read"
-        wanted = torch.float32 if keep.intersection(name.split(".")) else dtype
-        new = torch.empty(shape, dtype=wanted if tensor.dtype.is_floating_point else tensor.dtype, device=device)
-        targets.append(Target(tensor, new, part))
+        new = torch.empty(shape, dtype=dtypes[name], device=device)
+        targets.append(Target(stored[name], new, part))
         _put(model, name, new, old)
     reader.read(targets, device, progress, options)
+
+
+def _dtype(model: Any, name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """What `from_pretrained` makes of a tensor when it is asked for the dtype ``wanted``."""
+    if not stored.is_floating_point:
+        return stored
+    keep: Sequence[str] | str = model._keep_in_fp32_modules or ()
+    keep = [keep] if isinstance(keep, str) else keep
+    return torch.float32 if set(keep).intersection(name.split(".")) else wanted
+
+
+def _reserve(num_bytes: int, device: torch.device) -> None:
+    """Have PyTorch take so much memory from the GPU at once: it is slow to ask for each tensor's."""
+    if device.type == "cuda":
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _put(model: torch.nn.Module, name: str, new: torch.Tensor, old: torch.Tensor) -> None:
@@ -132,12 +147,6 @@ def _put(model: torch.nn.Module, name: str, new: torch.Tensor, old: torch.Tensor
         module._parameters[key] = torch.nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
     else:
         module._buffers[key] = new
-
-
-def _kept_in_fp32(model: Any) -> set[str]:
-    """Names of modules whose weights are float32 whatever the dtype of the others."""
-    names: Sequence[str] | str = model._keep_in_fp32_modules or ()
-    return {names} if isinstance(names, str) else set(names)
 
 
 def _stored(folder: Path) -> dict[str, Stored]:

@@ -27,6 +27,11 @@ from omni_ray.errors import ConfigError
 from tests.tiny_dit import FAMILIES, build
 
 CPU = torch.device("cpu")
+CUDA = pytest.param(
+    torch.device("cuda"),
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+)
+DEVICES = pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 WITH_TENSOR = [family for family in FAMILIES if family != "wan_i2v"]
 
 
@@ -52,23 +57,25 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def assert_same(model: Any, wanted: Any) -> None:
+def assert_same(model: Any, wanted: Any, device: torch.device = CPU) -> None:
+    """``model`` on ``device`` equals ``wanted``, which is on the CPU."""
     found, expected = tensors(model), tensors(wanted)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert found[name].device == tensor.device, name
         assert found[name].stride() == tensor.stride(), name
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(found[name].cpu(), tensor), name
+    assert {tensor.device.type for tensor in found.values()} == {device.type}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, dtype: torch.dtype, checkpoint: Any) -> None:
+@DEVICES
+def test_every_family(device: torch.device, family: str, dtype: torch.dtype, checkpoint: Any) -> None:
     for cls, folder in components(checkpoint(family)):
         wanted = cls.from_pretrained(folder, dtype=dtype)
-        model = weights.load_model(cls, folder, dtype, CPU)
-        assert_same(model, wanted)
+        model = weights.load_model(cls, folder, dtype, device)
+        assert_same(model, wanted, device)
         assert dict(model.config) == dict(wanted.config)
         assert not model.training
 
@@ -180,7 +187,8 @@ PARTS = [
 
 @pytest.mark.parametrize("num_threads", [1, 5])
 @pytest.mark.parametrize("buffer_bytes", [7, 64, 2**20])
-def test_parts_of_any_shape(num_threads: int, buffer_bytes: int, tmp_path: Path) -> None:
+@DEVICES
+def test_parts_of_any_shape(device: torch.device, num_threads: int, buffer_bytes: int, tmp_path: Path) -> None:
     """Whatever the size of the buffers, and where tensors of an odd number of bytes lie between the others."""
     dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     whole = {
@@ -195,12 +203,12 @@ def test_parts_of_any_shape(num_threads: int, buffer_bytes: int, tmp_path: Path)
                 block.chunk(part.size, part.dim)[part.index] for block in tensor.split(part.block_sizes, part.dim)
             ]
             tensor = torch.cat(blocks, part.dim)
-        into = torch.empty_like(tensor, dtype=torch.float64)
+        into = torch.empty_like(tensor, dtype=torch.float64, device=device)
         targets.append(Target(stored[name], into, part))
         wanted.append(tensor.to(torch.float64))
-    reader.read(targets, CPU, options=Options(num_threads, buffer_bytes))
+    reader.read(targets, device, options=Options(num_threads, buffer_bytes))
     for target, tensor in zip(targets, wanted, strict=True):
-        assert torch.equal(target.into, tensor), target.stored
+        assert torch.equal(target.into.cpu(), tensor), target.stored
 
 
 def test_a_rank_reads_only_its_rows(tmp_path: Path) -> None:
@@ -220,7 +228,8 @@ def second_of_two() -> Iterator[None]:
 
 @pytest.mark.usefixtures("second_of_two")
 @pytest.mark.parametrize("family", WITH_TENSOR)
-def test_tensor_parallel_parts(family: str, checkpoint: Any) -> None:
+@DEVICES
+def test_tensor_parallel_parts(device: torch.device, family: str, checkpoint: Any) -> None:
     """Cut while they are empty and then read, as on a GPU, and cut from the mapped files, as on a CPU."""
     folder, dtype, parallel = checkpoint(family), torch.bfloat16, DitParallel(tensor=2)
     mesh = build_mesh(parallel, "cpu")
@@ -232,24 +241,30 @@ def test_tensor_parallel_parts(family: str, checkpoint: Any) -> None:
         apply_parallel(each, parallel, mesh)
     assert all(each.device.type == "meta" for each in empty.values())
     seen: list[tuple[int, int, str]] = []
-    loader.read_parts(pipe, folder, dtype, CPU, lambda *progress: seen.append(progress), Ranks.of(mesh, "tensor"))
+    loader.read_parts(pipe, folder, dtype, device, lambda *progress: seen.append(progress), Ranks.of(mesh, "tensor"))
     for name, transformer in transformers_of(wanted).items():
-        assert_same(transformers_of(pipe)[name], transformer)
+        assert_same(transformers_of(pipe)[name], transformer, device)
     assert {name for _, _, name in seen} == set(names)
     assert seen[-1][0] == seen[-1][1] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_pipeline_has_what_was_loaded(family: str, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@DEVICES
+def test_the_pipeline_has_what_was_loaded(
+    device: torch.device, family: str, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[Any] = []
     load = loader._load
     monkeypatch.setattr(loader, "_load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     group = DitGroup.model_validate({"name": "x", "type": "dit", "source": "x"})
-    pipe = loader.load_pipeline(checkpoint(family), torch.float32, CPU, group, lambda *progress: None)
+    pipe = loader.load_pipeline(checkpoint(family), torch.float32, device, group, lambda *progress: None)
     modules = [each for each in pipe.components.values() if isinstance(each, torch.nn.Module)]
     assert {id(each) for each in modules} == {id(each) for each in loaded}
     wanted = DiffusionPipeline.from_pretrained(checkpoint(family), dtype=torch.float32)
     assert dict(pipe.config) == dict(wanted.config)
+    for name, module in wanted.components.items():
+        if isinstance(module, torch.nn.Module):
+            assert_same(pipe.components[name], module, device)
 
 
 def test_a_cpu_rank_maps_its_files(checkpoint: Any) -> None:
