@@ -141,8 +141,9 @@ def with_runai(folder: Path, device: torch.device) -> Tensors:
     from runai_model_streamer import SafetensorsStreamer  # type: ignore[import-not-found]
 
     with SafetensorsStreamer() as streamer:
-        streamer.stream_files(_files(folder))
-        return {name: tensor.to(device, copy=True) for name, tensor in streamer.get_tensors()}
+        streamer.stream_files(_files(folder), device=str(device))
+        # On the CPU a tensor is a view of a buffer that will be used again.
+        return {name: each.clone() if device.type == "cpu" else each for name, each in streamer.get_tensors()}
 
 
 def with_instanttensor(*, through_the_cache: bool) -> Load:

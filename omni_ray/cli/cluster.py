@@ -123,8 +123,21 @@ def _set_environment() -> None:
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     if (haproxy := Path(sys.executable).with_name("omni-ray-haproxy")).exists():
         os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
+    for name, port in (("RAY_SERVE_HAPROXY_METRICS_PORT", 9101), ("RAY_SERVE_HAPROXY_STATS_PORT", 8404)):
+        os.environ.setdefault(name, str(_free_port(port)))  # HAProxy's own pages; another server may have them
     # How long an ingress replica that stops waits for load balancers to forget it; the only one is Serve's own.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
+
+
+def _free_port(wanted: int) -> int:
+    """``wanted``, or another one if something listens there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _has_haproxy() -> bool:
