@@ -71,6 +71,11 @@ def num_placement_groups() -> int:
     return int(ran.stdout.split()[-1])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts servers or engines of its own comes before the shared server, which stays up to the end."""
+    items.sort(key=lambda item: "server" in getattr(item, "fixturenames", ()))
+
+
 @contextlib.contextmanager
 def serving(file: Path, log: Path) -> Iterator[Server]:
     """`omni-ray serve FILE` on a free port, ready."""
