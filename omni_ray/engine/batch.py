@@ -110,12 +110,7 @@ def split(output: Any, calls: list[Call]) -> list[Any]:
 
 def is_even(calls: list[Call], num_parts: int) -> bool:
     """Whether there is one call, to a transformer, whose batch can be cut into equal parts."""
-    return len(calls) == 1 and is_denoising(calls[0]) and batch_size(calls[0]) % num_parts == 0
-
-
-def is_denoising(call: Call) -> bool:
-    """Whether it is a forward of one of the pipeline's transformers."""
-    return call.name.startswith("transformer") and call.method == "forward"
+    return len(calls) == 1 and calls[0].is_denoising and batch_size(calls[0]) % num_parts == 0
 
 
 def part(call: Call, index: int, num_parts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -224,9 +219,9 @@ def share_out(chosen: list[Call], others: list[Call], urgency: Callable[[Call], 
 
     A call that is alone gets company: the most urgent other one to a transformer, which need not be of its shape.
     """
-    if num == 1 or not is_denoising(chosen[0]):
+    if num == 1 or not chosen[0].is_denoising:
         return [chosen]
-    company = sorted((call for call in others if is_denoising(call) and call not in chosen), key=urgency)
+    company = sorted((call for call in others if call.is_denoising and call not in chosen), key=urgency)
     found = chosen if len(chosen) >= num else [*chosen, *company][:num]
     if len(found) < num:
         return [chosen]

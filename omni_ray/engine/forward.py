@@ -87,7 +87,7 @@ class Forward:
         """
         first = calls[0]
         try:
-            if self._cache is not None and batch.is_denoising(first):
+            if self._cache is not None and first.is_denoising:
                 return self._cached(self._cache, calls, ranks, charged)
             return batch.split(self._forward(charged or calls, *batch.join(calls), first), calls)
         except batch.Unsplittable as reason:

@@ -34,9 +34,9 @@ LATE_S = 120.0
 class Call:
     """One waiting call of a lane: which module, which method, with what. The loop sets ``result`` or ``error``.
 
-    ``id`` is the same on every rank: the lane's, and the call's number in it. ``ordinal`` counts the forwards of the
-    lane's transformers within a step. The lane sleeps until a call is answered, unless it is ``deferred``. ``skipped``
-    says whether a cache answers it, once that is decided.
+    ``id`` is the same on every rank: the lane's, and the call's number in it. ``is_denoising`` tells the forwards of
+    the transformers from other calls, and ``ordinal`` counts them within a step of the lane. The lane sleeps until a
+    call is answered, unless it is ``deferred``. ``skipped`` says whether a cache answers it, once that is decided.
     """
 
     __slots__ = (
@@ -46,6 +46,7 @@ class Call:
         "deferred",
         "error",
         "id",
+        "is_denoising",
         "key",
         "kwargs",
         "lane",
@@ -61,6 +62,7 @@ class Call:
     def __init__(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs
         self.id = f"{lane.id}/{lane.num_calls}"
+        self.is_denoising = name.startswith("transformer") and method == "forward"
         self.ordinal = lane.branches
         self.deferred = False
         self.skipped: bool | None = None
@@ -109,10 +111,10 @@ class Gate:
         """
         call = Call(lane, name, method, args, kwargs)
         self._describe(call)
-        spec = lane.structures.get(name) if self._defers and lane.begins_a_guided_step(name, method) else None
+        spec = lane.structures.get(name) if self._defers and lane.begins_a_guided_step(call) else None
         if spec is not None:  # the pipeline goes on, and may change the dicts and lists that it passed
             call.deferred, (call.args, call.kwargs) = True, pytree.tree_map(lambda leaf: leaf, (args, kwargs))
-        lane.count_call(name, method)
+        lane.count_call(call)
         with self._changed:
             if lane.id in self._cancelled:
                 raise LaneCancelled(lane.id)

@@ -19,7 +19,7 @@ import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from omni_ray.engine.gate import Exclusive, Gate, GatedModule, LaneCancelled
+from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, encode_outputs
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
 from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
@@ -69,13 +69,13 @@ class Lane:
     def join(self, timeout_s: float | None = None) -> None:
         self._thread.join(timeout_s)
 
-    def begins_a_guided_step(self, name: str, method: str) -> bool:
+    def begins_a_guided_step(self, call: Call) -> bool:
         """Whether the call is the first of several that the transformer will get in this step, by the step before."""
-        return _is_denoising(name, method) and self.branches == 0 and self._branches_before > 1
+        return call.is_denoising and self.branches == 0 and self._branches_before > 1
 
-    def count_call(self, name: str, method: str) -> None:
+    def count_call(self, call: Call) -> None:
         self.num_calls += 1
-        self.branches += _is_denoising(name, method)
+        self.branches += call.is_denoising
 
     def _own(self, pipe: DiffusionPipeline, lock: threading.RLock) -> DiffusionPipeline:
         """The lane's copy of the pipeline. Written to ``__dict__``: assignment would rewrite the shared config."""
@@ -166,10 +166,6 @@ class Lane:
         if isinstance(error, torch.OutOfMemoryError):
             return EngineFailed(f"out of device memory at step {self.step}: ask for a smaller size or fewer images")
         return EngineFailed(f"{type(self._pipe).__name__} failed at step {self.step}: {type(error).__name__}: {error}")
-
-
-def _is_denoising(name: str, method: str) -> bool:
-    return name.startswith("transformer") and method == "forward"
 
 
 def _tell_nobody(event: Event) -> None:
