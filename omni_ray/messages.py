@@ -69,7 +69,12 @@ class Media:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What the finished job cost. ``device_s`` is its share of device time; the three phases are wall seconds."""
+    """What the finished job cost.
+
+    ``device_s`` is its share of device time; in it, computation waited ``offload_paid_s`` for weights from the host and
+    hid another ``offload_hidden_s`` of copying. ``peak_memory_gib`` is the most that the first rank's device held while
+    it computed for the job, 0 on a CPU. The other phases are wall seconds.
+    """
 
     job_id: str
     seed: int
@@ -78,6 +83,9 @@ class Usage:
     device_s: float
     queue_s: float
     run_s: float
+    offload_hidden_s: float = 0.0
+    offload_paid_s: float = 0.0
+    peak_memory_gib: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from omni_ray.accel import weights
 from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.offload import home
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
@@ -46,7 +47,7 @@ def resolve(source: str) -> Path:
 def load_pipeline(
     folder: Path, dtype: torch.dtype, device: torch.device, group: DitGroup, progress: Progress
 ) -> DiffusionPipeline:
-    """The pipeline of ``folder`` with its weights on ``device``, in eval mode.
+    """The pipeline of ``folder`` with its weights on ``device``, in eval mode; what is offloaded stays on the host.
 
     With tensor parallelism nothing is read of the transformers yet: cut them, then call `read_parts`. (On a CPU, and
     where they cannot be read in parts, they are mapped from their files; those of another dtype are read whole.)
@@ -65,12 +66,13 @@ def load_pipeline(
     for name, entry in components.items():
         progress(done, total, name)
         cls = _component_class(folder, name, entry)
+        place = home(name, group.offload, device)
         if group.load_format == "dummy":
-            module = _random(cls, folder / name, dtype, device)
+            module = _random(cls, folder / name, dtype, device).to(place)
         elif name in in_parts:
-            module = _empty(cls, folder / name, dtype, device)
+            module = _empty(cls, folder / name, dtype, place)
         else:
-            module = _load(cls, folder / name, dtype, device, functools.partial(_report, progress, name, done, total))
+            module = _load(cls, folder / name, dtype, place, functools.partial(_report, progress, name, done, total))
         loaded[name] = module.eval().requires_grad_(False)
         done += sizes[name]
     # DiffusionPipeline itself ignores what is passed for a component that is optional in the pipeline's class.
@@ -86,19 +88,21 @@ def read_parts(
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
+    group: DitGroup,
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Read this rank's part of the transformers, which are cut, and move the pipeline to the device.
+    """Read this rank's part of the transformers, which are cut, and move them where `load_pipeline` has the rest.
 
     Args:
         ranks: the tensor dimension of the mesh.
     """
     for name, transformer in transformers_of(pipe).items():
+        place = home(name, group.offload, device)
         if any(parameter.is_meta for parameter in transformer.parameters()):
             report = functools.partial(_report, progress, name, 0, 0)
-            weights.read_parts(transformer, folder / name, dtype, device, ranks, report)
-    pipe.to(device)
+            weights.read_parts(transformer, folder / name, dtype, place, ranks, report)
+        transformer.to(place)
 
 
 def _report(progress: Progress, name: str, before: int, total: int, done: int, own_total: int) -> None:

@@ -13,5 +13,10 @@ def transformers_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     return {
         name: module
         for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module) and name.split("_")[0] in ("transformer", "unet")
+        if isinstance(module, torch.nn.Module) and is_transformer(name)
     }
+
+
+def is_transformer(name: str) -> bool:
+    """Whether the component of this name is a denoiser."""
+    return name.split("_")[0] in ("transformer", "unet")

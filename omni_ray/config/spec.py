@@ -113,13 +113,19 @@ class DitOffload(Block):
     """Weights kept in host memory and brought to the device when needed."""
 
     kind: Literal["none", "model", "layerwise", "sequential"] = Field(
-        "none", description="What moves between host and device."
+        "none",
+        description="`model`: whole components, one on the device at a time; `sequential`: only transformers and "
+        "encoders; `layerwise`: blocks of the transformers stream, encoders come when called.",
+    )
+    cpu_offload_gb: float = Field(
+        0.0, ge=0, description="About so many GiB live in host memory (`layerwise`: of blocks); 0: all that may."
     )
 
-    @field_validator("kind")
-    @classmethod
-    def _supported(cls, kind: str) -> str:
-        return str(_only(kind, "none"))
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        if self.cpu_offload_gb and self.kind in ("none", "sequential"):
+            raise ValueError(f"cpu_offload_gb: says nothing with kind {self.kind!r}; set kind: model or layerwise")
+        return self
 
 
 class DitQuantization(Block):

@@ -17,6 +17,7 @@ from omni_ray.engine.gate import Call
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from omni_ray.accel.offload import Offload
     from omni_ray.engine.exchange import Answer, Exchange
     from omni_ray.engine.lockstep import Alone, Lockstep
 
@@ -27,7 +28,8 @@ class Forward:
     """Runs calls on ``pipe``'s modules. ``alone`` names the module methods whose answers could not be cut.
 
     On a cfg axis each part of the gang computes its own share of the calls, and ``exchange`` brings the answers of the
-    others. A ``cache`` answers the transformers' calls that need not be computed.
+    others. A ``cache`` answers the transformers' calls that need not be computed. ``offload`` brings a module that is
+    not on the device.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Forward:
         lockstep: Alone | Lockstep,
         exchange: Exchange | None = None,
         cache: TeaCache | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.alone: set[tuple[str, str]] = set()
         self._lockstep = lockstep
         self._cache = cache
+        self._offload = offload
         self._pipe = pipe
         self._clock = clock
         self._exchange = exchange
@@ -153,4 +157,6 @@ class Forward:
             if call.branch is not None and hasattr(module, "cache_context"):
                 stack.enter_context(module.cache_context(call.branch))
             stack.enter_context(self._clock.measure(charged))
+            if self._offload is not None:
+                self._offload.need(call.name)
             return compute(*args, **kwargs)

@@ -241,6 +241,12 @@ class GatedModule:
             return lambda *args, **kwargs: self._gate.compute(self._lane, self._name, name, args, kwargs)
         return value
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: that is where its arguments belong, wherever its weights are."""
+        device: torch.device = self._lane.device
+        return device
+
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
         """The pipeline tells which guidance branch the next calls belong to; it is kept in the lane."""

@@ -36,20 +36,31 @@ _thread_pools = ThreadpoolController()
 class Lane:
     """``branch`` is the guidance branch that the pipeline is in (``cond``, ``uncond``); the seconds are device time.
 
-    ``emit`` is None on the ranks that follow: they compute all that the first one does, and tell nobody.
+    ``emit`` is None on the ranks that follow: they compute all that the first one does, and tell nobody. ``settle``
+    charges the lane for what was computed for it, before it says what it cost.
     """
 
-    def __init__(self, job: Job, pipe: DiffusionPipeline, gate: Gate, lock: threading.RLock, emit: Emit | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        pipe: DiffusionPipeline,
+        device: torch.device,
+        gate: Gate,
+        lock: threading.RLock,
+        emit: Emit | None,
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:
         self.id = job.id
         self.job = job
-        self.device = torch.device(pipe.device)
+        self.device = device
         self.branch: str | None = None
         self.num_calls = 0
         self.step = 0
         self.num_steps = int(job.params.get("num_inference_steps", 1))
         self.steps_computed = 0
         self.steps_skipped = 0
-        self.device_s = 0.0
+        self.device_s = self.offload_hidden_s = self.offload_paid_s = 0.0
+        self.peak_memory_bytes = 0
         self.created = time.perf_counter()
         self._reported_s = 0.0
         self.branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
@@ -57,6 +68,7 @@ class Lane:
         self.kept: dict[tuple[str, int], Any] = {}  # what a cache keeps of this request
         self.structures: dict[str, TreeSpec | None] = {}  # of its transformers' answers
         self._gate = gate
+        self._settle = settle
         self._emit = emit or _tell_nobody
         self._follows = emit is None
         self._pipe = self._own(pipe, lock)
@@ -150,12 +162,16 @@ class Lane:
             return self._pipe(**kwargs, generator=generator)
 
     def _usage(self, started: float) -> Usage:
+        self._settle()
         return Usage(
             job_id=self.id,
             seed=self.job.seed or 0,
             steps_computed=self.steps_computed,
             steps_skipped=self.steps_skipped,
             device_s=self.device_s,
+            offload_hidden_s=self.offload_hidden_s,
+            offload_paid_s=self.offload_paid_s,
+            peak_memory_gib=self.peak_memory_bytes / 2**30,
             queue_s=started - self.created,
             run_s=time.perf_counter() - started,
         )

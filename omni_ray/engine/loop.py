@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from omni_ray.accel.cache.teacache import TeaCache
+    from omni_ray.accel.offload import Offload
     from omni_ray.engine.exchange import Exchange
 
 GRACE_S = 0.01
@@ -36,8 +37,15 @@ SLACK_FACTOR = 3.0
 """A request should end within this many times the seconds that it would take alone (the usual SLO for diffusion)."""
 
 
+SWITCH_FACTOR = 8.0
+"""How many times the bringing of a component a lane has to be late, before it interrupts lanes of another one."""
+
+
 class EngineLoop:
-    """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread."""
+    """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread.
+
+    ``device`` is where it computes; where that is not said, it is where the pipeline's weights are.
+    """
 
     def __init__(
         self,
@@ -46,14 +54,18 @@ class EngineLoop:
         lockstep: Alone | Lockstep | None = None,
         exchange: Exchange | None = None,
         cache: TeaCache | None = None,
+        offload: Offload | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._pipe = pipe
+        self._device = device or torch.device(pipe.device)
+        self._offload = offload
         self._batching = batching
         self._lockstep = lockstep or Alone()
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
-        self._clock = DeviceClock(torch.device(pipe.device))
-        self._forward = Forward(pipe, self._clock, self._lockstep, exchange, cache)
+        self._clock = DeviceClock(self._device, offload.take_transfers if offload else None)
+        self._forward = Forward(pipe, self._clock, self._lockstep, exchange, cache, offload)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()
         self._inbox: list[tuple[Job, Emit]] = []
@@ -145,7 +157,8 @@ class EngineLoop:
         self._forget_ended()
         for job in turn.admit:
             emit = self._emits.pop(job.id, None)
-            lane = self._lanes[job.id] = Lane(job, self._pipe, self._gate, self._helper_lock, emit)
+            lane = Lane(job, self._pipe, self._device, self._gate, self._helper_lock, emit, self._clock.busy)
+            self._lanes[job.id] = lane
             lane.start()
         for job_id in turn.cancel:
             self._gate.cancel(job_id)
@@ -176,9 +189,13 @@ class EngineLoop:
         return bool(self._cancelled) or (bool(self._inbox) and len(self._lanes) < self._batching.max_num_seqs)
 
     def _slack_s(self, call: Call) -> float:
-        """Seconds that the lane can wait before it misses SLACK_FACTOR times its time alone; the least goes next."""
+        """Seconds that the lane can wait before it misses SLACK_FACTOR times its time alone; the least goes next.
+
+        A component that has to be brought is worth its bringing only to a lane that is late by several times that.
+        """
         lane = call.lane
         per_step_s = self._clock.seconds_per_token(call.name) * call.tokens
         left_s = per_step_s * max(lane.num_steps - lane.step, 1)
         deadline = lane.created + SLACK_FACTOR * per_step_s * max(lane.num_steps, 1)
-        return deadline - time.perf_counter() - left_s
+        switch_s = SWITCH_FACTOR * self._offload.switch_s(call.name) if self._offload else 0.0
+        return deadline - time.perf_counter() - left_s + switch_s

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from omni_ray.accel.cache.teacache import TeaCache
+    from omni_ray.accel.offload import Offload
     from omni_ray.accel.parallel.mesh import Ranks
     from omni_ray.engine.exchange import Exchange
     from omni_ray.engine.lockstep import Lockstep
@@ -105,12 +106,11 @@ class Rank:
         lockstep = Alone() if address is None else self._meet_the_others(address, device)
         folder = resolve(self._source)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-        loading = (folder, getattr(torch, dtype), device)
-        progress = functools.partial(report, "loading weights")
-        pipe = load_pipeline(*loading, group, progress)
-        exchange, cache = self._accelerate(pipe, device, functools.partial(read_parts, pipe, *loading, progress))
+        loading = (folder, getattr(torch, dtype), device, group, functools.partial(report, "loading weights"))
+        pipe = load_pipeline(*loading)
+        accelerators = self._accelerate(pipe, device, functools.partial(read_parts, pipe, *loading))
         capabilities = read_capabilities(pipe, folder, group)
-        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, cache)
+        self._loop = EngineLoop(pipe, group.batching, lockstep, *accelerators, device)
         self._loop.start()
         if group.compile.mode != "none" and lockstep.leads:
             report("compiling")
@@ -126,16 +126,17 @@ class Rank:
 
     def _accelerate(
         self, pipe: DiffusionPipeline, device: torch.device, read_parts: Callable[[Ranks], None]
-    ) -> tuple[Exchange | None, TeaCache | None]:
+    ) -> tuple[Exchange | None, TeaCache | None, Offload | None]:
         """Apply the accelerators, in the one order in which they work together.
 
         ``read_parts`` reads what this rank keeps of the transformers, once they are cut.
 
-        Returns those that the engine loop has to know: the exchange of the cfg axis, and the cache.
+        Returns those that the engine loop has to know: the exchange of the cfg axis, the cache and the offload.
         """
         from omni_ray.accel.attention import apply_attention
         from omni_ray.accel.cache.teacache import TeaCache
         from omni_ray.accel.compile import apply_compile
+        from omni_ray.accel.offload import apply_offload
         from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
         from omni_ray.accel.parallel.mesh import Ranks
         from omni_ray.engine.exchange import Exchange
@@ -150,8 +151,9 @@ class Rank:
             read_parts(Ranks.of(mesh, "tensor"))
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
         cache = TeaCache(group.cache, pipe) if group.cache.kind == "teacache" else None
+        offload = apply_offload(pipe, group.offload, device)
         apply_compile(pipe, group.compile)
-        return exchange, cache
+        return exchange, cache, offload
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""

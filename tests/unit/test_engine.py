@@ -35,20 +35,6 @@ ONE_BY_ONE = Batching(max_num_batched_tokens=1)
 VIDEO = {"wan", "wan_i2v"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, DiffusionPipeline] = {}
-
-    def load(family: str) -> DiffusionPipeline:
-        if family not in made:
-            folder = build(family, tmp_path_factory.mktemp(family))
-            made[family] = DiffusionPipeline.from_pretrained(folder)
-            made[family].set_progress_bar_config(disable=True)
-        return made[family]
-
-    return load
-
-
 class Counted(Alone):
     """Notes how many calls each forward joined."""
 

@@ -3,7 +3,6 @@ decision itself."""
 
 from __future__ import annotations
 
-import queue
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +14,23 @@ from diffusers import DiffusionPipeline
 from omni_ray.accel.cache.teacache import Kept, TeaCache, polynomial
 from omni_ray.config.catalog import FAMILIES as CATALOG
 from omni_ray.config.spec import Batching, Cache
-from omni_ray.engine import lane
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
-from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
-from tests.ranks import jobs_of, pixels
-from tests.tiny_dit import build
+from omni_ray.messages import Event, Job, StepEvent
+from tests.lanes import run_lanes, usage
+from tests.ranks import jobs_of
 
 FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 IDENTITY = (1.0, 0.0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, DiffusionPipeline] = {}
-
-    def load(family: str) -> DiffusionPipeline:
-        if family not in made:
-            made[family] = DiffusionPipeline.from_pretrained(build(family, tmp_path_factory.mktemp(family)))
-            made[family].set_progress_bar_config(disable=True)
-        return made[family]
-
-    return load
 
 
 def serve(
     pipe: DiffusionPipeline, jobs: list[Job], threshold: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], dict[str, list[Event]]]:
     """The pixels and events of the jobs, run side by side; without a cache where ``threshold`` is None."""
-    made: dict[str, Any] = {}
-    monkeypatch.setattr(lane, "encode_outputs", lambda output, job: iter(made.update({job.id: pixels(output)}) or ()))
     spec = None if threshold is None else Cache(kind="teacache", threshold=threshold, coefficients=IDENTITY)
     loop = EngineLoop(pipe, Batching(max_num_seqs=8), cache=TeaCache(spec, pipe) if spec else None)
-    events: dict[str, list[Event]] = {job.id: [] for job in jobs}
-    ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
-
-    def collect(job: Job) -> Any:
-        def emit(event: Event) -> None:
-            events[job.id].append(event)
-            if isinstance(event, (Usage, Failure)):
-                ended.put(event)
-
-        return emit
-
-    loop.start()
-    for job in jobs:
-        loop.submit(job, collect(job))
-    for _ in jobs:
-        last = ended.get(timeout=60)
-        assert isinstance(last, Usage), last
-    loop.stop()
-    return made, events
-
-
-def usage(events: list[Event]) -> Usage:
-    last = events[-1]
-    assert isinstance(last, Usage)
-    return last
+    return run_lanes(loop, jobs, monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 from torch.distributed.device_mesh import DeviceMesh
 
+from omni_ray.accel.hooks import make_hooked, register
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel.attention import ShardedAttention
-from omni_ray.accel.parallel.hooks import make_sharded, plan_hooks
+from omni_ray.accel.parallel.hooks import plan_hooks
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.accel.parallel.paths import expand
 from omni_ray.accel.parallel.processor import check_processor, sharded
@@ -64,15 +65,11 @@ def _apply_sequence(transformer: Any, plan: SequencePlan, mesh: DeviceMesh) -> N
             attention.processor = sharded(attention.processor, joined)
     for module in transformer.modules():
         if type(module).__name__ in (transformer._repeated_blocks or ()):
-            make_sharded(module)  # those without hooks too: blocks of one class are compiled once
-    for path, hook in plan_hooks(sequence, plan, transformer):
+            make_hooked(module)  # those without hooks too: blocks of one class are compiled once
+    for i, (path, hook) in enumerate(reversed(plan_hooks(sequence, plan, transformer))):
         for module in expand(transformer, path).values():
-            _register(module, copy.copy(hook), is_root=module is transformer)
-
-
-def _register(module: Any, hook: ModelHook, is_root: bool) -> None:
-    if is_root:  # whose forward is called by its name
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, type(hook).__name__)
-    else:
-        hook.initialize_hook(module)
-        make_sharded(module).sharding.append(hook)
+            name = f"sequence {i:02}"
+            if module is transformer:  # whose forward is called by its name
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(copy.copy(hook), name)
+            else:
+                register(module, name, copy.copy(hook))

@@ -10,7 +10,6 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.models._modeling_parallel import ContextParallelInput
 
-from omni_ray.accel.parallel.mixin import mixed
 from omni_ray.accel.parallel.sequence import Sequence
 from omni_ray.config.catalog import SequencePlan, Split
 
@@ -85,31 +84,6 @@ class GatherHook(ModelHook):  # type: ignore[misc]
 
     def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
         return self.sequence.unshard(output, 1, self.sequence.lengths[self.stream])
-
-
-class ShardedCall(torch.nn.Module):
-    """Mixed into a module's class: runs hooks around its call, and so outside of what `compile` compiles.
-
-    That is its forward with diffusers' own hooks: those see shards, whether they were registered before or after.
-    """
-
-    sharding: list[ModelHook]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for hook in reversed(self.sharding):
-            args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        out = super().__call__(*args, **kwargs)
-        for hook in self.sharding:
-            out = hook.post_forward(self, out)
-        return out
-
-
-def make_sharded(module: Any) -> Any:
-    """The module itself, with room for hooks around its call."""
-    if not isinstance(module, ShardedCall):
-        module.__class__ = mixed(ShardedCall, type(module))
-        module.sharding = []
-    return module
 
 
 def plan_hooks(sequence: Sequence, plan: SequencePlan, transformer: Any) -> list[tuple[str, ModelHook]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from omni_ray.accel.mixin import mixed
 from omni_ray.accel.parallel.attention import ShardedAttention
 from omni_ray.accel.parallel.joint import JointAttention
-from omni_ray.accel.parallel.mixin import mixed
 from omni_ray.errors import ConfigError
 
 

@@ -1,0 +1,46 @@
+"""Jobs through an engine loop in this process."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import pytest
+
+from omni_ray.engine import lane
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.messages import Event, Failure, Job, Usage
+from tests.ranks import pixels
+
+
+def run_lanes(
+    loop: EngineLoop, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], dict[str, list[Event]]]:
+    """The pixels and events of the jobs, run side by side by ``loop``, which is started and stopped here."""
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(lane, "encode_outputs", lambda output, job: iter(made.update({job.id: pixels(output)}) or ()))
+    events: dict[str, list[Event]] = {job.id: [] for job in jobs}
+    ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def collect(job: Job) -> Any:
+        def emit(event: Event) -> None:
+            events[job.id].append(event)
+            if isinstance(event, (Usage, Failure)):
+                ended.put(event)
+
+        return emit
+
+    loop.start()
+    for job in jobs:
+        loop.submit(job, collect(job))
+    for _ in jobs:
+        last = ended.get(timeout=60)
+        assert isinstance(last, Usage), last
+    loop.stop()
+    return made, events
+
+
+def usage(events: list[Event]) -> Usage:
+    last = events[-1]
+    assert isinstance(last, Usage)
+    return last
