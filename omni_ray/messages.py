@@ -73,7 +73,8 @@ class Usage:
 
     ``device_s`` is its share of device time; in it, computation waited ``offload_paid_s`` for weights from the host and
     hid another ``offload_hidden_s`` of copying. ``peak_memory_gib`` is the most that the first rank's device held while
-    it computed for the job, 0 on a CPU. The other phases are wall seconds.
+    it computed for the job, 0 on a CPU. The other phases are wall seconds. ``warnings`` tell what the group was asked
+    for and is not doing.
     """
 
     job_id: str
@@ -86,6 +87,8 @@ class Usage:
     offload_hidden_s: float = 0.0
     offload_paid_s: float = 0.0
     peak_memory_gib: float = 0.0
+    cache: str = "none"
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

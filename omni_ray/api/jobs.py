@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ class Result:
 
     def omni(self) -> dict[str, Any]:
         """What OpenAI's replies have no place for: the seed and the cost."""
-        names = ("seed", "steps_computed", "steps_skipped", "device_s", "queue_s", "run_s")
-        return {name: getattr(self.usage, name) for name in names} | {"profile": self.route.profile}
+        cost = {key: value for key, value in dataclasses.asdict(self.usage).items() if key != "job_id"}
+        return cost | {"profile": self.route.profile}
 
 
 class Jobs:

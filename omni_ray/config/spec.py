@@ -129,16 +129,25 @@ class DitOffload(Block):
 
 
 class DitQuantization(Block):
-    """Weights and activations in fewer bits."""
+    """Weights and activations in fewer bits, converted on load."""
 
     kind: Literal["none", "int8", "int4", "fp8"] = Field(
-        "none", description="Number format of the transformer's weights."
+        "none",
+        description="`int8`, `int4`: of the weights alone, which saves memory; `fp8`: of weights and activations, "
+        "which saves time too, on GPUs from Ada and Hopper on.",
+    )
+    components: tuple[str, ...] | None = Field(
+        None, description="Components of the pipeline to quantize, by name; null: its transformers."
+    )
+    skip: tuple[str, ...] = Field(
+        (), description="Paths of layers that stay as they are, such as `transformer_blocks.0.*` (`*` stands for any)."
     )
 
-    @field_validator("kind")
-    @classmethod
-    def _supported(cls, kind: str) -> str:
-        return str(_only(kind, "none"))
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        if others := self.model_fields_set - {"kind"} if self.kind == "none" else set():
+            raise ValueError("\n".join(f"{key}: says nothing with kind 'none'; set a kind" for key in sorted(others)))
+        return self
 
 
 class Compile(Block):
@@ -286,6 +295,14 @@ class DitGroup(Group):
         default_factory=dict,
         description="Values of the pipeline's arguments where a request does not say, such as `num_inference_steps`.",
     )
+
+    @model_validator(mode="after")
+    def _number_formats_of_the_device(self) -> Self:
+        if self.device == "cpu" and self.quantization.kind in ("int4", "fp8"):
+            raise ValueError(
+                f"quantization.kind: {self.quantization.kind!r} needs a GPU, but device is 'cpu'; use 'int8' or 'none'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cache_on_whole_batches(self) -> Self:

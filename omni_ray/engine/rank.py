@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 import os
 import queue
 import random
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from omni_ray.engine.lockstep import Lockstep
     from omni_ray.engine.loop import EngineLoop
 
+logger = logging.getLogger(__name__)
+
 Report = Callable[..., None]
 Address = tuple[str, int]
 
@@ -47,6 +50,7 @@ class Rank:
         self._store: TCPStore | None = None
         self._loop: EngineLoop | None = None
         self._capabilities: Capabilities | None = None
+        self._warnings: list[str] = []
 
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -139,6 +143,7 @@ class Rank:
         from omni_ray.accel.offload import apply_offload
         from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
         from omni_ray.accel.parallel.mesh import Ranks
+        from omni_ray.accel.quantize import apply_quantization
         from omni_ray.engine.exchange import Exchange
 
         group, exchange = self._group, None
@@ -150,6 +155,9 @@ class Rank:
                 split_decode(pipe)
             read_parts(Ranks.of(mesh, "tensor"))
             exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+        for warning in apply_quantization(pipe, group.quantization, device):
+            logger.warning("%s: %s", group.id, warning)
+            self._warnings.append(warning)
         cache = TeaCache(group.cache, pipe) if group.cache.kind == "teacache" else None
         offload = apply_offload(pipe, group.offload, device)
         apply_compile(pipe, group.compile)
@@ -193,11 +201,20 @@ class Rank:
         try:
             while True:
                 event = await events.get()
+                if isinstance(event, Usage):
+                    event = self._truth(event)
                 yield event
                 if isinstance(event, (Usage, Failure)):
                     return
         finally:
             self._engine.cancel(job.id)
+
+    def _truth(self, usage: Usage) -> Usage:
+        """The job's cost with what the group was asked for and is not doing."""
+        cache, warnings = self._group.cache.kind, list(self._warnings)
+        if cache != "none" and not usage.steps_skipped:
+            warnings.append(f"cache {cache}: none of the {usage.steps_computed} steps could be skipped")
+        return dataclasses.replace(usage, cache=cache, warnings=tuple(warnings))
 
     async def cancel(self, job_id: str) -> None:
         self._engine.cancel(job_id)

@@ -1,0 +1,110 @@
+"""Quantization on load, by torchao: fewer bits for the weights of the Linears in a component's blocks.
+
+What lies before and after the blocks (embeddings, the last projection) is small and decides the quality, so it stays as
+it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from omni_ray.accel.modules import transformers_of
+from omni_ray.config.spec import DitQuantization
+from omni_ray.errors import ConfigError
+
+INT4_GROUP = 128
+FP8_MULTIPLE = 16
+
+
+def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: torch.device) -> list[str]:
+    """Quantize the components of ``spec`` where they are, computing on ``device``. Returns warnings.
+
+    Comes after tensor parallelism has cut the weights, and before they are offloaded.
+
+    Raises ConfigError where the device or the dtype cannot do it, or the spec names an unknown component.
+    """
+    if spec.kind == "none":
+        return []
+    config, fits = _config(spec.kind, device)
+    warnings = []
+    for name, module in _components(pipe, spec).items():
+        if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
+            raise ConfigError(f"quantization.kind {spec.kind!r}: {name} is quantized in its checkpoint; set kind: none")
+        linears = {path: linear for path, linear in _linears(module) if not _matches(path, spec.skip)}
+        chosen = [linear for linear in linears.values() if fits(linear)]
+        for linear in chosen:
+            _quantize(linear, config, device)
+        if not chosen:
+            warnings.append(f"quantization {spec.kind}: none of the {len(linears)} layers of {name} that may be was")
+    return warnings
+
+
+def _quantize(linear: torch.nn.Linear, config: Any, device: torch.device) -> None:
+    from torchao.quantization import quantize_  # type: ignore[import-untyped]
+
+    home = linear.weight.device
+    linear.to(device)
+    quantize_(linear, config, filter_fn=lambda *_: True)
+    linear.to(home)
+    linear.requires_grad_(False)
+
+
+def _config(kind: str, device: torch.device) -> tuple[Any, Callable[[torch.nn.Linear], bool]]:
+    """torchao's configuration, and which Linears it can take."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int4WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+    )
+
+    if kind == "int8":
+        return Int8WeightOnlyConfig(), lambda linear: True
+    if device.type != "cuda":
+        raise ConfigError(f"quantization.kind {kind!r} needs a GPU; on a CPU, set kind: int8 or none")
+    if kind == "int4":
+        # The kernel of PyTorch itself; torchao's other formats want packages of their own.
+        config = Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d")
+        return config, lambda linear: linear.in_features % INT4_GROUP == 0 and linear.weight.dtype == torch.bfloat16
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"quantization.kind 'fp8' needs compute capability 8.9, which {name} lacks; set kind: int8")
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    return config, lambda linear: linear.in_features % FP8_MULTIPLE == 0 and linear.out_features % FP8_MULTIPLE == 0
+
+
+def _components(pipe: DiffusionPipeline, spec: DitQuantization) -> dict[str, torch.nn.Module]:
+    if spec.components is None:
+        return transformers_of(pipe)
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    if unknown := sorted(set(spec.components) - modules.keys()):
+        raise ConfigError(
+            f"quantization.components: {type(pipe).__name__} has no {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(modules))}"
+        )
+    return {name: modules[name] for name in spec.components}
+
+
+def _linears(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The Linears in lists of blocks, with their paths in the component."""
+    for path, blocks in module.named_modules():
+        if isinstance(blocks, torch.nn.ModuleList) and not _is_inside(path, module):
+            for name, part in blocks.named_modules():
+                if isinstance(part, torch.nn.Linear):
+                    yield f"{path}.{name}", part
+
+
+def _is_inside(path: str, module: torch.nn.Module) -> bool:
+    """Whether the list at ``path`` lies in another one."""
+    parents = path.split(".")
+    above = [".".join(parents[:i]) for i in range(1, len(parents))]
+    return any(isinstance(module.get_submodule(each), torch.nn.ModuleList) for each in above)
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path, pattern) for pattern in patterns)
