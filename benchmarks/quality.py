@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from omni_ray.accel.cache.teacache import TeaCache
+from omni_ray.accel.apply import Accelerators
+from omni_ray.accel.cache.apply import apply_cache
 from omni_ray.accel.loader import load_pipeline, resolve
 from omni_ray.config.spec import Batching, Cache, DitGroup
 from omni_ray.demo import scenes
@@ -71,7 +72,7 @@ def draw(pipe: Any, wanted: list[scenes.Scene], steps: int, cache: Cache | None)
     """Images [n, height, width, 3] of 8 bits, seconds for all, and the share of steps skipped."""
     made: dict[str, Any] = {}
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]
-    loop = EngineLoop(pipe, Batching(max_num_seqs=8), cache=TeaCache(cache, pipe) if cache else None)
+    loop = EngineLoop(pipe, Batching(max_num_seqs=8), accelerators=Accelerators(*apply_cache(pipe, cache)))
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
     jobs = [
         Job(

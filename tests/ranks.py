@@ -1,6 +1,6 @@
 """One CPU rank of a gang, without Ray: ``python -m tests.ranks INDEX SIZE PORT CASES RESULTS``.
 
-For each case (family, parallel degrees) the ranks run seven requests of mixed sizes and step counts side by side; one
+For each case (family, blocks of a group) the ranks run seven requests of mixed sizes and step counts side by side; one
 is cancelled midway, one fails in the decoder. The first rank writes how far each image is from the one that a single
 rank makes.
 """
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from omni_ray.accel.cache.teacache import TeaCache
-from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
-from omni_ray.config.spec import Batching, Cache, DitParallel
+from omni_ray.accel.apply import accelerate
+from omni_ray.accel.parallel import build_mesh
+from omni_ray.config.spec import Batching, DitGroup, DitOffload, DitParallel
 from omni_ray.engine import lane, world
 from omni_ray.engine.exchange import Exchange
 from omni_ray.engine.lockstep import Lockstep
@@ -32,6 +32,7 @@ from tests.tiny_dit import build
 
 MIXED = [("a red circle", 64, 64, 4), ("a blue house by the sea", 64, 96, 6), ("a tree", 96, 64, 3)]
 FAILING = (96, 96)
+CPU = torch.device("cpu")
 MIXED += [("two yellow birds", 64, 64, 5), ("a ship", 64, 96, 4)]
 
 
@@ -58,28 +59,23 @@ def pixels(output: Any) -> Any:
     return np.asarray(output.images if hasattr(output, "images") else output.frames, dtype=np.float64)
 
 
-def run_case(family: str, degrees: dict[str, Any], folder: Path, leads: bool) -> dict[str, Any]:
-    """The degrees may hold a TeaCache ``threshold`` too; then the one-rank images are made with it as well."""
-    degrees = dict(degrees)
-    threshold = degrees.pop("threshold", None)
-    spec = Cache(kind="teacache", threshold=threshold, coefficients=(1.0, 0.0)) if threshold else None
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
+def run_case(family: str, levers: dict[str, Any], folder: Path, leads: bool) -> dict[str, Any]:
+    """``levers`` are the blocks of a group. The one-rank images are made with its cache and quantization, but all
+    weights on the device; where it has neither, by the plain pipeline."""
+    group = DitGroup(type="dit", name="m", source=str(folder), device="cpu", **levers)
     jobs, made = jobs_of(family), dict[str, Any]()
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
-    for job in jobs[:5] if leads else []:
-        _alone(pipe, job, spec, made)
+    if leads:
+        _alone(load(folder), group.model_copy(update={"parallel": DitParallel(), "offload": DitOffload()}), jobs, made)
     wanted = dict(made)
     made.clear()
-    parallel = DitParallel(**degrees)
-    mesh = build_mesh(parallel, "cpu")
-    apply_parallel(pipe, parallel, mesh)
-    if parallel.vae == "auto":
-        split_decode(pipe)
-    exchange = Exchange(mesh) if parallel.cfg > 1 else None
+    pipe, size = load(folder), group.parallel.num_ranks
+    mesh = build_mesh(group.parallel, "cpu") if size > 1 else None
+    exchange = Exchange(mesh) if mesh is not None and group.parallel.cfg > 1 else None
+    accelerators = accelerate(pipe, group, CPU, mesh)
     _fail_to_decode(pipe.vae)
-    cache = TeaCache(spec, pipe) if spec else None
-    loop = EngineLoop(pipe, Batching(max_num_seqs=7), Lockstep(), exchange, cache)
+    lockstep = Lockstep() if size > 1 else None
+    loop = EngineLoop(pipe, Batching(max_num_seqs=7), lockstep, exchange, accelerators, CPU)
     loop.start()
     if not leads:
         loop.join()
@@ -90,17 +86,27 @@ def run_case(family: str, degrees: dict[str, Any], folder: Path, leads: bool) ->
     failed = [str(e.error) for e in last.values() if isinstance(e, Failure) and not isinstance(e.error, Cancelled)]
     cancelled = [i for i, e in last.items() if isinstance(e, Failure) and isinstance(e.error, Cancelled)]
     error = max((float(np.abs(made[i] - wanted[i]).max()) for i in wanted if i in made), default=None)
-    return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made)}
+    skipped = sum(e.steps_skipped for e in last.values() if isinstance(e, Usage))
+    return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made), "skipped": skipped}
 
 
-def _alone(pipe: DiffusionPipeline, job: Job, spec: Cache | None, made: dict[str, Any]) -> None:
-    """The job's image on one rank: by the plain pipeline, or by an engine with the cache."""
-    if spec is None:
-        made[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
+def load(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _alone(pipe: DiffusionPipeline, group: DitGroup, jobs: list[Job], made: dict[str, Any]) -> None:
+    """The images of those jobs that end, on one rank, one after the other."""
+    accelerators = accelerate(pipe, group, CPU)
+    if group.cache.kind == "none":
+        for job in jobs[:5]:
+            made[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
         return
-    loop = EngineLoop(pipe, Batching(), cache=TeaCache(spec, pipe))
+    loop = EngineLoop(pipe, Batching(), accelerators=accelerators)
     loop.start()
-    assert isinstance(_follow(loop, job, None).get(timeout=120), Usage)
+    for job in jobs[:5]:
+        assert isinstance(_follow(loop, job, None).get(timeout=120), Usage)
     loop.stop()
 
 
@@ -155,9 +161,10 @@ def run_ranks(size: int, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[s
 def main() -> None:
     index, size, port, cases, results = sys.argv[1:]
     torch.set_num_threads(1)
-    world.join(int(index), int(size), "127.0.0.1", int(port), torch.device("cpu"), None)
+    if size != "1":
+        world.join(int(index), int(size), "127.0.0.1", int(port), CPU, None)
     rows = [
-        run_case(family, degrees, Path(results).parent / family, index == "0") for family, degrees in json.loads(cases)
+        run_case(family, levers, Path(results).parent / family, index == "0") for family, levers in json.loads(cases)
     ]
     if index == "0":
         Path(results).write_text(json.dumps(rows))

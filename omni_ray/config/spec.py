@@ -39,12 +39,6 @@ VLLM_ALIASES = {
 }
 
 
-def _only(value: Any, supported: Any) -> Any:
-    if value != supported:
-        raise ValueError(f"{value!r} is not supported yet; use {supported!r}")
-    return value
-
-
 class Autoscaling(Block):
     """Bounds between which Ray Serve scales a group's replicas."""
 
@@ -72,12 +66,39 @@ class Memory(Block):
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an AR replica that runs on a CPU, in GiB.")
 
 
+class CacheDitOptions(Block):
+    """The options of the cache-dit library, under its own names and with its defaults."""
+
+    Fn_compute_blocks: Positive = Field(8, description="First blocks, always computed: their change decides.")
+    Bn_compute_blocks: int = Field(0, ge=0, description="Last blocks, always computed.")
+    residual_diff_threshold: float = Field(
+        0.08, ge=0, description="Relative change below which a step is skipped; higher reuses more."
+    )
+    max_accumulated_residual_diff_threshold: float | None = Field(
+        None, gt=0, description="No step is skipped once the changes of a request add up to this."
+    )
+    max_warmup_steps: int = Field(8, ge=0, description="First steps, always computed.")
+    warmup_interval: Positive = Field(1, description="Of the first steps, every how-manieth is computed.")
+    max_cached_steps: int = Field(-1, ge=-1, description="Steps of a request that may be skipped; -1: any number.")
+    max_continuous_cached_steps: int = Field(-1, ge=-1, description="Steps in a row that may be skipped.")
+    taylorseer_order: int = Field(
+        0, ge=0, le=4, description="TaylorSeer: skipped steps are forecast by this derivative; 0 is off."
+    )
+    steps_mask: Literal["slow", "medium", "fast", "ultra"] | None = Field(
+        None, description="SCM: which steps may be skipped, by a mask of the library."
+    )
+    steps_computation_policy: Literal["dynamic", "static"] = Field(
+        "dynamic", description="SCM: `static` skips what the mask lets, `dynamic` asks the threshold too."
+    )
+
+
 class Cache(Block):
     """Reuse of computed denoise steps."""
 
-    kind: Literal["none", "teacache", "cache_dit"] = Field(
-        "none", description="Which cache answers steps that can be skipped."
+    kind: Literal["none", "teacache", "cache_dit", "both"] = Field(
+        "none", description="Which cache answers steps that can be skipped; `both`: Cache-DiT beneath TeaCache."
     )
+    cache_dit: CacheDitOptions = Field(default_factory=CacheDitOptions, description="Cache-DiT's own options.")
     threshold: float = Field(
         0.2, gt=0, description="TeaCache: estimated change that adds up before a step is computed; higher reuses more."
     )
@@ -86,18 +107,15 @@ class Cache(Block):
         None, description="TeaCache: the model's polynomial, highest power first; null takes the family's."
     )
 
-    @field_validator("kind")
-    @classmethod
-    def _supported(cls, kind: str) -> str:
-        if kind == "cache_dit":
-            raise ValueError("'cache_dit' is not supported yet; use 'teacache' or 'none'")
-        return kind
-
     @model_validator(mode="after")
-    def _of_teacache(self) -> Self:
+    def _of_its_kind(self) -> Self:
         others = self.model_fields_set - {"kind"}
-        if others and self.kind != "teacache":
-            raise ValueError("\n".join(f"{key}: is TeaCache's; set kind: teacache" for key in sorted(others)))
+        wrong = [f"{key}: is TeaCache's; set kind: teacache" for key in sorted(others - {"cache_dit"})]
+        wrong = [] if self.kind in ("teacache", "both") else wrong
+        if "cache_dit" in others and self.kind not in ("cache_dit", "both"):
+            wrong.append("cache_dit: has Cache-DiT's options; set kind: cache_dit")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
 
@@ -305,11 +323,11 @@ class DitGroup(Group):
         return self
 
     @model_validator(mode="after")
-    def _cache_on_whole_batches(self) -> Self:
-        axes = self.parallel
-        if self.cache.kind == "teacache" and axes.ulysses * axes.ring * axes.cfg > 1:
+    def _caches_know_all_branches(self) -> Self:
+        if self.cache.kind != "none" and self.parallel.cfg > 1:
             raise ValueError(
-                "cache.kind: 'teacache' is not supported yet with parallel.ulysses, ring or cfg; use 'none', or tensor"
+                f"cache.kind: {self.cache.kind!r} cannot go with parallel.cfg 2 yet: the two parts of the gang would "
+                "not know each other's decisions; use 'none', or cfg: 1"
             )
         return self
 

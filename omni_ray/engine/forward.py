@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.cache.teacache import Kept, TeaCache
 from omni_ray.engine import batch
 from omni_ray.engine.clock import DeviceClock
@@ -17,7 +18,7 @@ from omni_ray.engine.gate import Call
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from omni_ray.accel.offload import Offload
+    from omni_ray.accel.cache.cache_dit import CacheDit
     from omni_ray.engine.exchange import Answer, Exchange
     from omni_ray.engine.lockstep import Alone, Lockstep
 
@@ -28,8 +29,8 @@ class Forward:
     """Runs calls on ``pipe``'s modules. ``alone`` names the module methods whose answers could not be cut.
 
     On a cfg axis each part of the gang computes its own share of the calls, and ``exchange`` brings the answers of the
-    others. A ``cache`` answers the transformers' calls that need not be computed. ``offload`` brings a module that is
-    not on the device.
+    others. Of the ``accelerators``, the caches answer the transformers' calls that need not be computed, and the
+    offload brings a module that is not on the device.
     """
 
     def __init__(
@@ -38,13 +39,14 @@ class Forward:
         clock: DeviceClock,
         lockstep: Alone | Lockstep,
         exchange: Exchange | None = None,
-        cache: TeaCache | None = None,
-        offload: Offload | None = None,
+        accelerators: Accelerators | None = None,
     ) -> None:
-        self.alone: set[tuple[str, str]] = set()
+        accelerators = accelerators or Accelerators()
+        self.alone: set[tuple[str, str]] = {(name, "forward") for name in accelerators.alone}
         self._lockstep = lockstep
-        self._cache = cache
-        self._offload = offload
+        self._teacache = accelerators.teacache
+        self._cache_dit = accelerators.cache_dit
+        self._offload = accelerators.offload
         self._pipe = pipe
         self._clock = clock
         self._exchange = exchange
@@ -91,8 +93,8 @@ class Forward:
         """
         first = calls[0]
         try:
-            if self._cache is not None and first.is_denoising:
-                return self._cached(self._cache, calls, ranks, charged)
+            if self._teacache is not None and first.is_denoising:
+                return self._cached(self._teacache, calls, ranks, charged)
             return batch.split(self._forward(charged or calls, *batch.join(calls), first), calls)
         except batch.Unsplittable as reason:
             logger.warning("%s.%s is computed one request at a time: %s", first.name, first.method, reason)
@@ -124,7 +126,7 @@ class Forward:
             return lambda: self._forward(charged or some, *batch.join(some), calls[0])
 
         def kept(some: list[Call]) -> list[Kept]:
-            return [call.lane.kept.setdefault((name, call.ordinal), Kept()) for call in some]
+            return [call.lane.kept.setdefault(("teacache", name, call.ordinal), Kept()) for call in some]
 
         def sizes(some: list[Call]) -> list[int]:
             return [batch.batch_size(call) for call in some]
@@ -159,4 +161,17 @@ class Forward:
             stack.enter_context(self._clock.measure(charged))
             if self._offload is not None:
                 self._offload.need(call.name)
+            if self._cache_dit is not None and call.is_denoising:
+                return self._reusing(self._cache_dit, call, lambda: compute(*args, **kwargs))
             return compute(*args, **kwargs)
+
+    @staticmethod
+    def _reusing(cache: CacheDit, call: Call, run: Callable[[], Any]) -> Any:
+        """The answer of a forward that may use again what the last ones of this branch of the request left."""
+        key = ("cache_dit", call.name, call.ordinal)
+        if key not in call.lane.kept:
+            call.lane.kept[key] = cache.contexts(call.name, call.lane.num_steps)
+        with cache.using(call.name, call.lane.kept[key]) as skipped:
+            answer = run()
+        call.lane.branches_skipped += any(skipped)
+        return answer

@@ -65,7 +65,7 @@ class Lane:
         self._reported_s = 0.0
         self.branches = self._branches_before = 0  # forwards of transformers in this step, and in the one before
         self.branches_skipped = 0
-        self.kept: dict[tuple[str, int], Any] = {}  # what a cache keeps of this request
+        self.kept: dict[tuple[str, str, int], Any] = {}  # what the caches keep of this request
         self.structures: dict[str, TreeSpec | None] = {}  # of its transformers' answers
         self._gate = gate
         self._settle = settle

@@ -26,8 +26,7 @@ from omni_ray.messages import Failure, Job
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from omni_ray.accel.cache.teacache import TeaCache
-    from omni_ray.accel.offload import Offload
+    from omni_ray.accel.apply import Accelerators
     from omni_ray.engine.exchange import Exchange
 
 GRACE_S = 0.01
@@ -53,19 +52,18 @@ class EngineLoop:
         batching: Batching,
         lockstep: Alone | Lockstep | None = None,
         exchange: Exchange | None = None,
-        cache: TeaCache | None = None,
-        offload: Offload | None = None,
+        accelerators: Accelerators | None = None,
         device: torch.device | None = None,
     ) -> None:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
-        self._offload = offload
+        self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
         self._lockstep = lockstep or Alone()
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
         self._clock = DeviceClock(self._device, offload.take_transfers if offload else None)
-        self._forward = Forward(pipe, self._clock, self._lockstep, exchange, cache, offload)
+        self._forward = Forward(pipe, self._clock, self._lockstep, exchange, accelerators)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()
         self._inbox: list[tuple[Job, Emit]] = []

@@ -20,13 +20,8 @@ from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, U
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    from omni_ray.accel.cache.teacache import TeaCache
-    from omni_ray.accel.offload import Offload
-    from omni_ray.accel.parallel.mesh import Ranks
-    from omni_ray.engine.exchange import Exchange
     from omni_ray.engine.lockstep import Lockstep
     from omni_ray.engine.loop import EngineLoop
 
@@ -50,7 +45,7 @@ class Rank:
         self._store: TCPStore | None = None
         self._loop: EngineLoop | None = None
         self._capabilities: Capabilities | None = None
-        self._warnings: list[str] = []
+        self._warnings: tuple[str, ...] = ()
 
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -96,8 +91,11 @@ class Rank:
     def _load(self, report: Report, address: Address | None) -> Capabilities:
         import torch  # here, since the process that owns the gang imports this module and needs no torch
 
+        from omni_ray.accel.apply import accelerate
         from omni_ray.accel.capabilities import read_capabilities
         from omni_ray.accel.loader import load_pipeline, read_parts, resolve
+        from omni_ray.accel.parallel import build_mesh
+        from omni_ray.engine.exchange import Exchange
         from omni_ray.engine.lockstep import Alone
         from omni_ray.engine.loop import EngineLoop
 
@@ -112,9 +110,14 @@ class Rank:
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
         loading = (folder, getattr(torch, dtype), device, group, functools.partial(report, "loading weights"))
         pipe = load_pipeline(*loading)
-        accelerators = self._accelerate(pipe, device, functools.partial(read_parts, pipe, *loading))
+        mesh = build_mesh(group.parallel, device.type) if group.parallel.num_ranks > 1 else None
+        exchange = Exchange(mesh) if mesh is not None and group.parallel.cfg > 1 else None
+        accelerators = accelerate(pipe, group, device, mesh, functools.partial(read_parts, pipe, *loading))
+        self._warnings = accelerators.warnings
+        for warning in accelerators.warnings:
+            logger.warning("%s: %s", group.id, warning)
         capabilities = read_capabilities(pipe, folder, group)
-        self._loop = EngineLoop(pipe, group.batching, lockstep, *accelerators, device)
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device)
         self._loop.start()
         if group.compile.mode != "none" and lockstep.leads:
             report("compiling")
@@ -127,41 +130,6 @@ class Rank:
 
         world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
         return Lockstep()
-
-    def _accelerate(
-        self, pipe: DiffusionPipeline, device: torch.device, read_parts: Callable[[Ranks], None]
-    ) -> tuple[Exchange | None, TeaCache | None, Offload | None]:
-        """Apply the accelerators, in the one order in which they work together.
-
-        ``read_parts`` reads what this rank keeps of the transformers, once they are cut.
-
-        Returns those that the engine loop has to know: the exchange of the cfg axis, the cache and the offload.
-        """
-        from omni_ray.accel.attention import apply_attention
-        from omni_ray.accel.cache.teacache import TeaCache
-        from omni_ray.accel.compile import apply_compile
-        from omni_ray.accel.offload import apply_offload
-        from omni_ray.accel.parallel import apply_parallel, build_mesh, split_decode
-        from omni_ray.accel.parallel.mesh import Ranks
-        from omni_ray.accel.quantize import apply_quantization
-        from omni_ray.engine.exchange import Exchange
-
-        group, exchange = self._group, None
-        apply_attention(pipe, group.attention)
-        if group.parallel.num_ranks > 1:
-            mesh = build_mesh(group.parallel, device.type)
-            apply_parallel(pipe, group.parallel, mesh)
-            if group.parallel.vae == "auto":
-                split_decode(pipe)
-            read_parts(Ranks.of(mesh, "tensor"))
-            exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
-        for warning in apply_quantization(pipe, group.quantization, device):
-            logger.warning("%s: %s", group.id, warning)
-            self._warnings.append(warning)
-        cache = TeaCache(group.cache, pipe) if group.cache.kind == "teacache" else None
-        offload = apply_offload(pipe, group.offload, device)
-        apply_compile(pipe, group.compile)
-        return exchange, cache, offload
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""

@@ -11,34 +11,49 @@ from tests.ranks import run_ranks
 
 TOLERANCE = 1e-4
 
-TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
-TWO: list[tuple[str, dict[str, Any]]] = [
-    (family, {axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses", "ring", "cfg")
-]
-TWO += [(family, {"tensor": 2, "threshold": 1e9}) for family in ("flux", "qwen_image")]
-FOUR = [(family, {"tensor": 2, "ulysses": 2}) for family in TENSOR]
-FOUR += [(family, {"cfg": 2, axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
-FOUR += [("flux", {"ring": 2, "ulysses": 2})]
+Case = tuple[str, dict[str, Any]]
 
-THREE = [(family, {"ring": 3}) for family in ("flux", "qwen_image", "wan")]
+
+def case(family: str, **degrees: int) -> Case:
+    return family, {"parallel": degrees}
+
+
+TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
+TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
+TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses", "ring", "cfg")]
+CACHED: list[Case] = [
+    (family, {"parallel": {axis: 2}, "cache": TEACACHE}) for family in TENSOR for axis in ("tensor", "ulysses", "ring")
+]
+FOUR = [case(family, tensor=2, ulysses=2) for family in TENSOR]
+FOUR += [case(family, cfg=2, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
+FOUR += [case("flux", ring=2, ulysses=2)]
+FOUR += [("wan", {"parallel": {"tensor": 2, "ulysses": 2}, "cache": TEACACHE})]
+
+THREE = [case(family, ring=3) for family in ("flux", "qwen_image", "wan")]
 """Neither tokens nor rows of the picture divide by the ranks."""
 
 pytestmark = pytest.mark.slow
 
 
-def check(cases: list[tuple[str, dict[str, Any]]], results: list[dict[str, Any]]) -> None:
-    for (family, degrees), result in zip(cases, results, strict=True):
+def check(cases: list[Case], results: list[dict[str, Any]]) -> None:
+    for (family, levers), result in zip(cases, results, strict=True):
         assert [error.split(": ", 1)[1] for error in result["failed"]] == ["ValueError: no such size"], (
             family,
-            degrees,
+            levers,
         )
-        assert result["cancelled"] == [f"{family}-6"], (family, degrees)
-        assert result["num_made"] == 5, (family, degrees)
-        assert result["error"] <= TOLERANCE, (family, degrees)
+        assert result["cancelled"] == [f"{family}-6"], (family, levers)
+        assert result["num_made"] == 5, (family, levers)
+        assert result["error"] <= TOLERANCE, (family, levers)
 
 
 def test_two_ranks() -> None:
     check(TWO, run_ranks(2, TWO))
+
+
+def test_two_ranks_share_the_decisions_of_their_cache() -> None:
+    results = run_ranks(2, CACHED)
+    check(CACHED, results)
+    assert all(result["skipped"] > 0 for result in results)
 
 
 def test_three_ranks() -> None:

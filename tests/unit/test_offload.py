@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from omni_ray.accel.cache.teacache import TeaCache
+from omni_ray.accel.apply import Accelerators
+from omni_ray.accel.cache.apply import apply_cache
 from omni_ray.accel.hooks import register
 from omni_ray.accel.offload import Offload, apply_offload, home
 from omni_ray.accel.offload.packed import Packed, num_bytes, pack
@@ -34,7 +35,8 @@ def load(folder: Path) -> DiffusionPipeline:
 
 
 def serve(pipe: Any, offload: Offload | None, family: str, monkeypatch: pytest.MonkeyPatch, cache: Any = None) -> Any:
-    loop = EngineLoop(pipe, Batching(max_num_seqs=4), cache=cache, offload=offload, device=CPU)
+    accelerators = Accelerators(teacache=cache, offload=offload)
+    loop = EngineLoop(pipe, Batching(max_num_seqs=4), accelerators=accelerators, device=CPU)
     return run_lanes(loop, jobs_of(family)[:4], monkeypatch)
 
 
@@ -45,10 +47,10 @@ def test_offload_changes_no_image(
     family: str, kind: Any, cached: bool, tiny: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = Cache(kind="teacache", threshold=1e9, max_consecutive_skips=1, coefficients=(1.0, 0.0))
-    plain = tiny(family)
-    wanted, _ = serve(plain, None, family, monkeypatch, TeaCache(spec, plain) if cached else None)
+    plain = tiny(family) if not cached else load(tiny_folder(family))
+    wanted, _ = serve(plain, None, family, monkeypatch, apply_cache(plain, spec)[0] if cached else None)
     pipe = load(tiny_folder(family))
-    cache = TeaCache(spec, pipe) if cached else None
+    cache = apply_cache(pipe, spec)[0] if cached else None
     offload = apply_offload(pipe, DitOffload(kind=kind), CPU)
     made, events = serve(pipe, offload, family, monkeypatch, cache)
     for job_id, image in wanted.items():

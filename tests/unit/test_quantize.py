@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.offload import apply_offload
 from omni_ray.accel.offload.packed import num_bytes
 from omni_ray.accel.quantize import apply_quantization
@@ -44,7 +45,8 @@ def test_int8_draws_nearly_the_same(
     before = num_bytes([pipe.transformer])
     assert apply_quantization(pipe, DitQuantization(kind="int8"), CPU) == []
     assert num_bytes([pipe.transformer]) < 0.75 * before
-    loop = EngineLoop(pipe, Batching(), offload=apply_offload(pipe, DitOffload(kind=offload), CPU), device=CPU)
+    accelerators = Accelerators(offload=apply_offload(pipe, DitOffload(kind=offload), CPU))
+    loop = EngineLoop(pipe, Batching(), accelerators=accelerators, device=CPU)
     made, _ = run_lanes(loop, jobs, monkeypatch)
     errors = [float(np.abs(made[job.id] - wanted[job.id]).max()) for job in jobs]
     assert 0 < max(errors) < 0.05

@@ -11,7 +11,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from omni_ray.accel.apply import Accelerators
+from omni_ray.accel.cache.apply import apply_cache
 from omni_ray.accel.cache.teacache import Kept, TeaCache, polynomial
+from omni_ray.accel.modules import transformers_of
 from omni_ray.config.catalog import FAMILIES as CATALOG
 from omni_ray.config.spec import Batching, Cache
 from omni_ray.engine.loop import EngineLoop
@@ -24,12 +27,19 @@ FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 IDENTITY = (1.0, 0.0)
 
 
+def cached(pipe: DiffusionPipeline, spec: Cache) -> Accelerators:
+    """Accelerators that can be made for one pipeline again and again."""
+    for transformer in transformers_of(pipe).values():
+        transformer.__dict__.pop("forward", None)
+    return Accelerators(*apply_cache(pipe, spec))
+
+
 def serve(
     pipe: DiffusionPipeline, jobs: list[Job], threshold: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], dict[str, list[Event]]]:
     """The pixels and events of the jobs, run side by side; without a cache where ``threshold`` is None."""
     spec = None if threshold is None else Cache(kind="teacache", threshold=threshold, coefficients=IDENTITY)
-    loop = EngineLoop(pipe, Batching(max_num_seqs=8), cache=TeaCache(spec, pipe) if spec else None)
+    loop = EngineLoop(pipe, Batching(max_num_seqs=8), accelerators=cached(pipe, spec) if spec else None)
     return run_lanes(loop, jobs, monkeypatch)
 
 
@@ -82,7 +92,7 @@ def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeyp
 
 
 def test_estimates_add_up_to_the_threshold(tiny: Any) -> None:
-    cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"))
+    cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"), {})
     kept = Kept(residuals=[(None,)])
     decisions = [cache._decide(IDENTITY, kept, 0.1, end=False) for _ in range(6)]
     assert decisions == [True, True, False, True, True, False]
@@ -101,7 +111,7 @@ def test_an_unknown_family_is_refused() -> None:
         components = {"transformer": torch.nn.Linear(1, 1)}  # noqa: RUF012
 
     with pytest.raises(ConfigError, match=r"Linear \(transformer\) is not among the families"):
-        TeaCache(Cache(kind="teacache"), Pipe())  # type: ignore[arg-type]
+        apply_cache(Pipe(), Cache(kind="teacache"))  # type: ignore[arg-type]
 
 
 def test_the_checkpoint_is_as_it_was(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,19 @@ means more reuse, more speed and less likeness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from omni_ray.accel.cache.stacks import Stacks, Streams, fitted
+from omni_ray.accel.cache.stacks import Stacks
+from omni_ray.accel.cache.standins import Streams, fitted
 from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.config.catalog import FAMILIES
 from omni_ray.config.spec import Cache
-from omni_ray.errors import ConfigError
 
 Run = Callable[[], Any]
 """Starts a forward of the transformer on the rows in question."""
@@ -37,21 +38,21 @@ class Kept:
 
 
 class TeaCache:
-    """The caches of a pipeline's transformers. What requests keep lies with them (:class:`Kept`), not here."""
+    """The caches of a pipeline's transformers. What requests keep lies with them (:class:`Kept`), not here.
 
-    def __init__(self, spec: Cache, pipe: DiffusionPipeline) -> None:
+    ``shards`` are the ranks of the sequence axes, which hold parts of the signal.
+    """
+
+    def __init__(
+        self, spec: Cache, pipe: DiffusionPipeline, stacks: Mapping[str, Stacks], shards: Sequence[Ranks] = ()
+    ) -> None:
         self._spec = spec
-        self._stacks: dict[str, Stacks] = {}
-        self._coefficients: dict[str, tuple[float, ...]] = {}
-        for name, transformer in transformers_of(pipe).items():
-            family = FAMILIES.get(type(transformer).__name__)
-            if family is None or not family.stacks:
-                raise ConfigError(
-                    f"cache.kind teacache: {type(transformer).__name__} ({name}) is not among the families that it "
-                    f"knows: {', '.join(sorted(n for n, f in FAMILIES.items() if f.stacks))}; set kind: none"
-                )
-            self._stacks[name] = Stacks(transformer, family.stacks)
-            self._coefficients[name] = tuple(spec.coefficients or family.teacache_coefficients)
+        self._stacks = stacks
+        self._shards = shards
+        self._coefficients = {
+            name: tuple(spec.coefficients or FAMILIES[type(transformer).__name__].teacache_coefficients)
+            for name, transformer in transformers_of(pipe).items()
+        }
 
     def can_skip(
         self, name: str, kept: Sequence[Kept], sizes: Sequence[int], ends: Sequence[bool], run: Run
@@ -64,12 +65,24 @@ class TeaCache:
             ends: whether it is a request's first or last step, which are always computed.
         """
         signals = _rows(self._stacks[name].signal(run), sizes)
-        distances = _distances([each.signal for each in kept], signals)
+        distances = self._distances([each.signal for each in kept], signals)
         skips = []
         for each, signal, distance, end in zip(kept, signals, distances, ends, strict=True):
             each.signal = signal
             skips.append(self._decide(self._coefficients[name], each, distance, end))
         return skips
+
+    def _distances(self, before: Sequence[torch.Tensor | None], now: Sequence[torch.Tensor]) -> list[float | None]:
+        """Relative L1 distance of each pair, None where there is no step before. Reads the device once."""
+        pairs = {i: _sums(old, new) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old is not None}
+        if not pairs:
+            return [None] * len(now)
+        sums = torch.stack(list(pairs.values()))
+        for ranks in self._shards:
+            sums = ranks.sum(sums)
+        values: list[float] = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
+        by_index = dict(zip(pairs, values, strict=True))
+        return [by_index.get(i) for i in range(len(now))]
 
     def _decide(self, coefficients: tuple[float, ...], kept: Kept, distance: float | None, end: bool) -> bool:
         if end or distance is None or not kept.residuals or kept.num_skipped >= self._spec.max_consecutive_skips:
@@ -114,15 +127,7 @@ def _computed(kept: Kept) -> bool:
     return False
 
 
-def _distances(before: Sequence[torch.Tensor | None], now: Sequence[torch.Tensor]) -> list[float | None]:
-    """Relative L1 distance of each pair, None where there is no step before. Reads the device once."""
-    found = {i: _distance(old, new) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old is not None}
-    values: list[float] = torch.stack(list(found.values())).tolist() if found else []
-    by_index = dict(zip(found, values, strict=True))
-    return [by_index.get(i) for i in range(len(now))]
-
-
-def _distance(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Of sums, to which the padding at the end, which is zero here, adds nothing."""
+def _sums(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The sums whose quotient is the distance. The padding at the end, which is zero here, adds nothing to them."""
     old = fitted(old, new.shape[1]).float()
-    return (new.float() - old).abs().sum() / old.abs().sum().clamp_min(1e-12)
+    return torch.stack([(new.float() - old).abs().sum(), old.abs().sum()])

@@ -37,15 +37,19 @@ class SplitHook(ModelHook):  # type: ignore[misc]
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        shards: dict[str, Any] = {
-            name: self._shard(given[name], split, name, given)
-            for name, split in self.inputs.items()
-            if given.get(name) is not None
-        }
+        shards = self.shards(given, self.inputs)
         if self.length:
             shards[self.length] = self.sequence.shard_length(given[self.length])
         positional = tuple(shards.get(name, x) for name, x in zip(self.parameters, args, strict=False))
         return positional, {name: shards.get(name, x) for name, x in kwargs.items()}
+
+    def shards(self, given: Mapping[str, Any], inputs: Mapping[str, Split]) -> dict[str, Any]:
+        """This rank's shards of those of the ``given`` arguments that ``inputs`` says to split."""
+        return {
+            name: self._shard(given[name], split, name, given)
+            for name, split in inputs.items()
+            if given.get(name) is not None
+        }
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         if not self.outputs:
