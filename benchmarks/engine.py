@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import lanes
 from omni_ray.accel.compile import apply_compile
-from omni_ray.accel.loader import load_pipeline, resolve
 from omni_ray.config.spec import Batching, Compile, DitGroup
-from omni_ray.engine import lane
 from omni_ray.engine.lockstep import Alone, Turn
 from omni_ray.engine.loop import EngineLoop
-from omni_ray.messages import Failure, Job, Usage
-from omni_ray.sources import resolve_source
+from omni_ray.messages import Job
+
+BENCH = {"type": "dit", "name": "bench"}
 
 
 class Counted(Alone):
@@ -52,9 +50,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is taken")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = _in_a_thread(_load, args, device, dtype)
+    device, dtype = lanes.device_and_dtype()
+    pipe = _in_a_thread(_load, args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, "
@@ -76,7 +73,7 @@ def main() -> None:
         single_s, single, _ = _lanes(pipe, jobs, Batching(max_num_seqs=16, max_num_batched_tokens=1))
         print(
             f"{size:>6} {plain_s:>9.2f} {lanes_s:>9.2f} {lanes_s / plain_s:>7.3f} {f'{num_lanes} of {num_plain}':>12} "
-            f"{_psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {_psnr(images, single):>8.1f}",
+            f"{lanes.psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {lanes.psnr(images, single):>8.1f}",
             flush=True,
         )
 
@@ -87,10 +84,9 @@ def _in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
         return executor.submit(work, *args).result()
 
 
-def _load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
-    group = DitGroup(type="dit", name="bench", source=args.source, load_format="dummy" if args.dummy else "auto")
-    pipe = load_pipeline(resolve(resolve_source(args.source)), dtype, device, group, lambda *_: None)
-    pipe.set_progress_bar_config(disable=True)
+def _load(args: argparse.Namespace) -> Any:
+    load_format = "dummy" if args.dummy else "auto"
+    pipe = lanes.load(DitGroup.model_validate({**BENCH, "source": args.source, "load_format": load_format}))
     apply_compile(pipe, Compile(mode="regional" if args.compile else "none"))
     return pipe
 
@@ -124,27 +120,9 @@ def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
 
 def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
     """The same for the jobs sent together. Images are taken before they are encoded, as the pipeline gives them."""
-    images: dict[str, Any] = {}
-    lane.encode_outputs = lambda output, job: iter(images.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]
     counted = Counted()
-    loop, ended = EngineLoop(pipe, batching, counted), queue.SimpleQueue[Any]()
-    loop.start()
-    start = time.perf_counter()
-    for job in jobs:
-        loop.submit(job, lambda event: ended.put(event) if isinstance(event, (Usage, Failure)) else None)
-    for _ in jobs:
-        if isinstance(event := ended.get(), Failure):
-            raise event.error
-    seconds = time.perf_counter() - start
-    loop.stop()
-    return seconds, [images[job.id] for job in jobs], counted.num_forwards
-
-
-def _psnr(first: list[Any], second: list[Any]) -> float:
-    error = float(
-        np.mean([np.mean((a.astype(float) - b.astype(float)) ** 2) for a, b in zip(first, second, strict=True)])
-    )
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    seconds, images, _ = lanes.run(EngineLoop(pipe, batching, counted), jobs)
+    return seconds, images, counted.num_forwards
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
-"""Images of a gang beside those of one rank, through the whole endpoint: PSNR and seconds per image.
+"""Images of a gang beside those of one rank, on one machine: PSNR and seconds per image.
 
     python -m benchmarks.gang SOURCE [--dummy] [--layers 4] [--parallel '{"ulysses": 2}' '{"tensor": 2, "cfg": 2}' ...]
 
-One server with a group of one rank, and a gang for each entry of --parallel. They share the machine's GPUs by
-fractions, so this runs on one GPU (there the ranks talk over gloo); seconds mean something only where each rank has a
-GPU of its own. --layers cuts the depth of the transformer and of the text encoders, so that many copies fit on a card.
+The ranks are processes that share the machine's GPUs (where two share one they talk over gloo; seconds mean something
+only where each has its own). --layers cuts the depth of the transformer and of the text encoders, so that many copies
+fit on one card. Three requests with guidance run side by side, one per forward.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
-import math
 import shutil
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import torch
-import yaml
-from PIL import Image
 
-from tests.conftest import Server, serving
+from benchmarks import lanes
+from omni_ray.accel.apply import accelerate
+from omni_ray.accel.parallel import build_mesh
+from omni_ray.config.spec import Batching, DitGroup, DitParallel
+from omni_ray.engine import world
+from omni_ray.engine.exchange import Exchange
+from omni_ray.engine.lockstep import Lockstep
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.messages import Job
 
+AXES = [{"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"cfg": 2}, {"ulysses": 4}, {"tensor": 2, "ulysses": 2}]
+AXES += [{"cfg": 2, "ulysses": 2}]
 DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers", "depth")
 PROMPTS = ["a red circle on a hill", "two boats", "a city of glass by the sea, at night"]
 
@@ -36,16 +40,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--dummy", action="store_true", help="random weights")
-    parser.add_argument("--layers", type=int, help="blocks of each kind that the transformer keeps")
-    parser.add_argument("--parallel", type=json.loads, nargs="+", default=[{"ulysses": 2}, {"tensor": 2}, {"cfg": 2}])
-    parser.add_argument("--num-gpus", type=float, default=0.2, help="of each rank: its part of a GPU's memory")
-    parser.add_argument("--size", default="512x512")
+    parser.add_argument("--layers", type=int, help="blocks of each kind that the modules keep")
+    parser.add_argument("--parallel", type=json.loads, nargs="+", default=AXES)
+    parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rank is not None:
+        rank(args, *args.rank)
+        return
+    print(f"{args.source}, {args.layers or 'all'} layers, {args.size}, {args.steps} steps")
+    print(f"{'axes':>24} {'PSNR dB':>8} {'one rank s':>11} {'gang s':>8}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        source = args.source if args.layers is None else str(shallow(Path(args.source), Path(folder), args.layers))
-        print(f"{args.source}, {args.layers or 'all'} layers, {args.size}, {args.steps} steps")
-        compare(args, source, Path(folder))
+        if args.layers is not None:
+            args.source = str(shallow(Path(args.source), Path(folder), args.layers))
+        for size in sorted({DitParallel(**axes).num_ranks for axes in args.parallel}):
+            start(args, size)
 
 
 def shallow(source: Path, folder: Path, num_layers: int) -> Path:
@@ -68,46 +78,68 @@ def cut(config: dict[str, Any], num_layers: int) -> None:
             cut(value, num_layers)
 
 
-def compare(args: argparse.Namespace, source: str, folder: Path) -> None:
-    shared: dict[str, Any] = {
-        "type": "dit",
-        "source": source,
-        "load_format": "dummy" if args.dummy else "auto",
-        "num_cpus": 0.1,
-        "memory": {"gpu_memory_utilization": args.num_gpus},
-        "batching": {"max_num_batched_tokens": 1},
-    }
-    if torch.cuda.is_available():
-        shared["num_gpus"] = args.num_gpus
-    gangs = {"-".join(f"{axis}{size}" for axis, size in axes.items()): axes for axes in args.parallel}
-    models = [{"name": "one", **shared}]
-    models += [{"name": name, "parallel": axes, **shared} for name, axes in gangs.items()]
-    application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": {"models": models}}
-    (folder / "gang.yaml").write_text(yaml.safe_dump({"applications": [application]}))
-    print(f"{'axes':>24} {'PSNR dB':>8} {'one rank s':>11} {'gang s':>8}")
-    with serving(folder / "gang.yaml", folder / "log") as server:
-        alone, alone_s = draw(server, "one", args)
-        for name, axes in gangs.items():
-            spread, spread_s = draw(server, name, args)
-            error = float(np.mean((alone.astype(float) - spread.astype(float)) ** 2))
-            psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)
-            label = " x ".join(f"{axis} {size}" for axis, size in axes.items())
-            print(f"{label:>24} {psnr:>8.1f} {alone_s:>11.2f} {spread_s:>8.2f}", flush=True)
+def start(args: argparse.Namespace, size: int) -> None:
+    """Run those entries of --parallel that have ``size`` ranks, in as many processes."""
+    store, port = world.open_store("127.0.0.1")
+    command = [sys.executable, "-m", "benchmarks.gang", args.source, "--size", str(args.size), "--steps"]
+    command += [str(args.steps), *(["--dummy"] if args.dummy else []), "--parallel", *map(json.dumps, args.parallel)]
+    ranks = [subprocess.Popen([*command, "--rank", json.dumps([i, size, port])]) for i in range(size)]
+    try:
+        assert [each.wait() for each in ranks] == [0] * size
+    finally:
+        for each in ranks:
+            each.kill()
+    del store
 
 
-def draw(server: Server, model: str, args: argparse.Namespace) -> tuple[Any, float]:
-    """The prompts' images, (images, height, width, 3), and the mean seconds of those after the first."""
-    images, start = [], 0.0
-    for seed, prompt in enumerate(["warm-up", *PROMPTS]):
-        if seed == 1:
-            start = time.perf_counter()
-        body = {"model": model, "prompt": prompt, "size": args.size, "num_inference_steps": args.steps, "seed": seed}
-        if "cfg" in json.dumps(args.parallel):
-            body |= {"negative_prompt": "blurred", "true_cfg_scale": 4.0}
-        reply = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=300)
-        reply.raise_for_status()
-        images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"])))))
-    return np.stack(images[1:]), (time.perf_counter() - start) / len(PROMPTS)
+def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
+    device, _ = lanes.device_and_dtype()
+    if device.type == "cuda":
+        torch.cuda.set_device(index % torch.cuda.device_count())
+    world.join(index, size, "127.0.0.1", port, device, None)
+    alone = group_of(args, {})
+    pipe = lanes.load(alone) if index == 0 else None
+    one = EngineLoop(pipe, alone.batching) if index == 0 else None
+    alone_s, wanted = draw(one, args) if one else (0.0, [])
+    del pipe, one
+    for axes in args.parallel:
+        group = group_of(args, axes)
+        if group.parallel.num_ranks != size:
+            continue
+        pipe = lanes.load(group)
+        mesh = build_mesh(group.parallel, device.type)
+        exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+        loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerate(pipe, group, device, mesh))
+        if index:
+            loop.start()
+            loop.join()
+            continue
+        gang_s, made = draw(loop, args)
+        label = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
+        print(f"{label:>24} {lanes.psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
+
+
+def group_of(args: argparse.Namespace, axes: dict[str, int]) -> DitGroup:
+    return DitGroup(
+        type="dit",
+        name="bench",
+        source=args.source,
+        load_format="dummy" if args.dummy else "auto",
+        parallel=DitParallel.model_validate(axes),
+        batching=Batching(max_num_batched_tokens=1),
+    )
+
+
+def draw(loop: EngineLoop, args: argparse.Namespace) -> tuple[float, list[Any]]:
+    """Seconds per image and the images."""
+    shape = {"height": args.size, "width": args.size, "num_inference_steps": args.steps}
+    guided = {"negative_prompt": "blurred", "true_cfg_scale": 4.0}
+    jobs = [
+        Job(id=str(seed), model="bench", group="bench", params={"prompt": prompt, **shape, **guided}, seed=seed)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    seconds, images, _ = lanes.run(loop, jobs)
+    return seconds / len(jobs), images
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What a cache buys and what it costs: speed, likeness and, for `demo:image`, the captions that are still right.
+"""What each lever buys and what it costs: speed, likeness, and the captions of `demo:image` that are still right.
 
-    python -m benchmarks.quality [--captions 100] [--steps 50] [--thresholds 0.05 0.1 0.2 0.4]
+    python -m benchmarks.quality [--captions 100] [--steps 50] [--only REGEX] [--pairs] [--levers '{"cache": …}' ...]
 
 Each setting makes the same held-out captions with the same seeds, eight side by side. Speed-up, PSNR (dB of 8-bit
-pixels, the mean over images) and SSIM (8 x 8 windows) are against the run without a cache; "right" is the share of
+pixels, the mean over images) and SSIM (8 x 8 windows) are against the run without any lever; "right" is the share of
 captions whose image passes the pixel analysis of `omni_ray.demo.check`.
 """
 
 from __future__ import annotations
 
 import argparse
-import queue
-import time
+import itertools
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -19,61 +20,89 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from omni_ray.accel.apply import Accelerators
-from omni_ray.accel.cache.apply import apply_cache
-from omni_ray.accel.loader import load_pipeline, resolve
-from omni_ray.config.spec import Batching, Cache, DitGroup
+from benchmarks import lanes
+from omni_ray.accel.apply import accelerate
+from omni_ray.config.spec import DitGroup
 from omni_ray.demo import scenes
 from omni_ray.demo.check import reasons
 from omni_ray.demo.image_model import DEFAULTS
-from omni_ray.engine import lane
 from omni_ray.engine.loop import EngineLoop
-from omni_ray.messages import Failure, Job, Usage
-from omni_ray.sources import resolve_source
+from omni_ray.messages import Job
 
-SOURCE = "demo:image"
+Levers = dict[str, dict[str, Any]]
+"""Blocks of a group."""
+
+
+def teacache(threshold: float) -> Levers:
+    return {"cache": {"kind": "teacache", "threshold": threshold}}
+
+
+def cache_dit(**options: Any) -> Levers:
+    return {"cache": {"kind": "cache_dit", "cache_dit": options}}
+
+
+SETTINGS: dict[str, Levers] = {
+    **{f"TeaCache {threshold:g}": teacache(threshold) for threshold in (0.05, 0.1, 0.2, 0.4)},
+    "Cache-DiT 0.08": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.08),
+    "Cache-DiT 0.15": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.15, max_continuous_cached_steps=3),
+    "Cache-DiT 0.3": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.3, max_continuous_cached_steps=3),
+    "Cache-DiT 0.3, TaylorSeer": cache_dit(
+        Fn_compute_blocks=1, residual_diff_threshold=0.3, max_continuous_cached_steps=3, taylorseer_order=1
+    ),
+    "Cache-DiT, SCM fast": cache_dit(
+        Fn_compute_blocks=1, steps_mask="fast", steps_computation_policy="static", max_warmup_steps=4
+    ),
+    "int8": {"quantization": {"kind": "int8"}},
+    "fp8": {"quantization": {"kind": "fp8"}},
+    "model offload": {"offload": {"kind": "model"}},
+    "layer-wise offload": {"offload": {"kind": "layerwise"}},
+    "compile": {"compile": {"mode": "regional"}},
+}
+PAIRED = ("TeaCache 0.1", "Cache-DiT 0.3", "int8", "layer-wise offload", "compile")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
-    parser.add_argument("--max-consecutive-skips", type=int, default=4)
-    parser.add_argument("--coefficients", type=float, nargs="+", default=[1.0, 0.0])
+    parser.add_argument("--only", default="", help="a regular expression: the settings to measure")
+    parser.add_argument("--pairs", action="store_true", help=f"each two of {', '.join(PAIRED)} too")
+    parser.add_argument("--levers", type=json.loads, nargs="+", default=[], help="more settings, as blocks of a group")
     args = parser.parse_args()
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    group = DitGroup(type="dit", name="bench", source=SOURCE)
-    pipe = load_pipeline(resolve(resolve_source(SOURCE)), dtype, device, group, lambda *_: None)
     wanted = scenes.held_out_scenes(args.captions)
-    exact, exact_s, _ = draw(pipe, wanted, args.steps, None)
-    print(f"{args.captions} captions of {args.steps} steps, {device}, {exact_s:.1f} s without a cache")
-    print("| setting | steps skipped | speed-up | PSNR dB | SSIM | right |")
-    print("|---|---|---|---|---|---|")
-    print(f"| no cache | 0% | 1.00 | | | {right(exact, wanted):.0%} |", flush=True)
-    for threshold in args.thresholds:
-        cache = Cache(
-            kind="teacache",
-            threshold=threshold,
-            max_consecutive_skips=args.max_consecutive_skips,
-            coefficients=tuple(args.coefficients),
-        )
-        images, seconds, skipped = draw(pipe, wanted, args.steps, cache)
+    exact, exact_s, _ = draw({}, wanted, args.steps)
+    device, dtype = lanes.device_and_dtype()
+    print(f"{args.captions} captions of {args.steps} steps, {device}, {dtype}: {exact_s:.1f} s without any lever\n")
+    print("| setting | steps skipped | speed-up | PSNR dB | SSIM | right |\n|---|---|---|---|---|---|")
+    print(f"| none | 0% | 1.00 | | | {right(exact, wanted):.0%} |", flush=True)
+    for name, levers in settings(args).items():
+        images, seconds, skipped = draw(levers, wanted, args.steps)
         print(
-            f"| TeaCache {threshold:g} | {skipped:.0%} | {exact_s / seconds:.2f} | {psnr(exact, images):.1f} | "
+            f"| {name} | {skipped:.0%} | {exact_s / seconds:.2f} | {psnr(exact, images):.1f} | "
             f"{ssim(exact, images):.3f} | {right(images, wanted):.0%} |",
             flush=True,
         )
 
 
-def draw(pipe: Any, wanted: list[scenes.Scene], steps: int, cache: Cache | None) -> tuple[Any, float, float]:
+def settings(args: argparse.Namespace) -> dict[str, Levers]:
+    chosen = dict(SETTINGS)
+    for one, two in itertools.combinations(PAIRED, 2) if args.pairs else ():
+        first, second = SETTINGS[one], SETTINGS[two]
+        both = first | second
+        if first.keys() & second.keys():  # two caches
+            both = {"cache": second["cache"] | first["cache"] | {"kind": "both"}}
+        chosen[f"{one} + {two}"] = both
+    chosen |= {json.dumps(levers): levers for levers in args.levers}
+    cuda = torch.cuda.is_available()
+    return {name: levers for name, levers in chosen.items() if re.search(args.only, name) and (cuda or name != "fp8")}
+
+
+def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, float, float]:
     """Images [n, height, width, 3] of 8 bits, seconds for all, and the share of steps skipped."""
-    made: dict[str, Any] = {}
-    lane.encode_outputs = lambda output, job: iter(made.update({job.id: np.asarray(output.images[0])}) or ())  # type: ignore[assignment]
-    loop = EngineLoop(pipe, Batching(max_num_seqs=8), accelerators=Accelerators(*apply_cache(pipe, cache)))
-    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    group = DitGroup.model_validate({"type": "dit", "name": "bench", "source": "demo:image", **levers})
+    pipe = lanes.load(group)
+    device, _ = lanes.device_and_dtype()
+    accelerators = accelerate(pipe, group, device)
     jobs = [
         Job(
             id=str(i),
@@ -84,17 +113,12 @@ def draw(pipe: Any, wanted: list[scenes.Scene], steps: int, cache: Cache | None)
         )
         for i, scene in enumerate(wanted)
     ]
-    loop.start()
-    start = time.perf_counter()
-    for job in jobs:
-        loop.submit(job, lambda event: ended.put(event) if isinstance(event, (Usage, Failure)) else None)
-    usages = [ended.get() for _ in jobs]
-    seconds = time.perf_counter() - start
-    loop.stop()
-    if failure := next((each for each in usages if isinstance(each, Failure)), None):
-        raise failure.error
+    lanes.run(EngineLoop(pipe, group.batching, accelerators=accelerators, device=device), jobs[:8])  # a warm-up
+    seconds, images, usages = lanes.run(
+        EngineLoop(pipe, group.batching, accelerators=accelerators, device=device), jobs
+    )
     skipped = sum(usage.steps_skipped for usage in usages) / (steps * len(jobs))
-    return np.stack([made[job.id] for job in jobs]), seconds, skipped
+    return np.stack(images), seconds, skipped
 
 
 def right(images: Any, wanted: list[scenes.Scene]) -> float:
@@ -103,8 +127,7 @@ def right(images: Any, wanted: list[scenes.Scene]) -> float:
 
 
 def psnr(exact: Any, images: Any) -> float:
-    error = ((exact.astype(float) - images.astype(float)) ** 2).mean(axis=(1, 2, 3))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-6))))
+    return float(np.mean([min(lanes.psnr([one], [two]), 99.0) for one, two in zip(exact, images, strict=True)]))
 
 
 def ssim(exact: Any, images: Any) -> float:
