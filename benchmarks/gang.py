@@ -10,6 +10,7 @@ fit on one card. Three requests with guidance run side by side, one per forward.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import subprocess
@@ -63,7 +64,12 @@ def shallow(source: Path, folder: Path, num_layers: int) -> Path:
     copy = folder / "shallow"
     shutil.copytree(source, copy)
     for file in copy.glob("*/config.json"):
-        cut(config := json.loads(file.read_text()), num_layers)
+        config = json.loads(file.read_text())
+        if file.parent.name.startswith("transformer"):  # whose depth may be its class's default
+            config["num_layers"] = num_layers
+            if config["_class_name"].startswith("Flux"):
+                config["num_single_layers"] = num_layers
+        cut(config, num_layers)
         file.write_text(json.dumps(config))
     return copy
 
@@ -106,17 +112,27 @@ def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
         group = group_of(args, axes)
         if group.parallel.num_ranks != size:
             continue
-        pipe = lanes.load(group)
-        mesh = build_mesh(group.parallel, device.type)
-        exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
-        loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerate(pipe, group, device, mesh))
-        if index:
-            loop.start()
-            loop.join()
-            continue
-        gang_s, made = draw(loop, args)
-        label = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
-        print(f"{label:>24} {lanes.psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
+        gc.collect()  # what the loop before held
+        torch.cuda.empty_cache()
+        gang_s, made = together(args, group, device, leads=index == 0)
+        if index == 0:
+            label = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
+            print(f"{label:>24} {lanes.psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
+
+
+def together(
+    args: argparse.Namespace, group: DitGroup, device: torch.device, *, leads: bool
+) -> tuple[float, list[Any]]:
+    """Seconds per image and the images, on the rank that leads."""
+    pipe = lanes.load(group)
+    mesh = build_mesh(group.parallel, device.type)
+    exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+    loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerate(pipe, group, device, mesh))
+    if leads:
+        return draw(loop, args)
+    loop.start()
+    loop.join()
+    return 0.0, []
 
 
 def group_of(args: argparse.Namespace, axes: dict[str, int]) -> DitGroup:

@@ -192,6 +192,8 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
     if isinstance(group, DitGroup):
         if group.batching.max_num_batched_tokens > 1:
             yield Change(index, (("batching.max_num_batched_tokens", 1),), 2, "requests share no forward")
+        if plan.card:
+            yield from _dit_levers(index, group)
         return
     assert memory.kv_cache is not None
     name = next((key for key in group.engine_args if key.replace("-", "_") == "max_model_len"), "max_model_len")
@@ -206,6 +208,15 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
     if plan.card:
         price = f"reads {offloaded:g} GiB over PCIe for every token"
         yield Change(index, (("offload.cpu_offload_gb", offloaded),), 9, price)
+
+
+def _dit_levers(index: int, group: DitGroup) -> Iterator[Change]:
+    """Fewer bits, or weights in host memory."""
+    if group.offload.kind == "none":
+        yield Change(index, (("offload.kind", "sequential"),), 3, "each request brings its weights over PCIe")
+        yield Change(index, (("offload.kind", "layerwise"),), 8, "each step streams its weights over PCIe")
+    if group.quantization.kind == "none":
+        yield Change(index, (("quantization.kind", "int8"),), 4, "weights in 8 bits")
 
 
 def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:

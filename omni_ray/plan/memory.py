@@ -14,6 +14,7 @@ from omni_ray.config.spec import ArGroup, DitGroup
 from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.checkpoint import Component
 from omni_ray.plan.language import Language
+from omni_ray.plan.levers import Weights, weights_of
 from omni_ray.plan.linear import Transformer
 from omni_ray.plan.parts import Part
 from omni_ray.plan.request import Request
@@ -63,11 +64,12 @@ class KvCache:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank needs. ``kv_cache`` is None for a DiT group."""
+    """What a rank needs. ``kv_cache`` is None for a DiT group; ``host_gib`` are weights in main memory."""
 
     items: tuple[Item, ...]
     budget_gib: float
     kv_cache: KvCache | None = None
+    host_gib: float = 0.0
 
     @property
     def needed_gib(self) -> float:
@@ -81,14 +83,27 @@ class Memory:
 def dit_memory(group: DitGroup, parts: tuple[Part, ...], request: Request, budget_gib: float, on_gpu: bool) -> Memory:
     """GiB per rank of a diffusers replica."""
     width = WIDTHS[group.dtype] if group.dtype != "auto" else 2 if on_gpu else 4
-    tensor = group.parallel.tensor
-    items = [
-        Item(part.name, part.num_bytes(width, tensor) / GIB, tensor > 1 and part.role == "transformer")
-        for part in parts
-    ]
+    weights = weights_of(group, parts, width)
+    items = _weight_items(group, weights)
     items.append(Item("activations", _dit_activations(group, parts, request, width) / GIB))
     items.append(Item("workspace", _workspace(group.parallel.num_ranks, on_gpu)))
-    return Memory(tuple(items), budget_gib)
+    return Memory(tuple(items), budget_gib, host_gib=sum(each.offloaded for each in weights) / GIB)
+
+
+def _weight_items(group: DitGroup, weights: tuple[Weights, ...]) -> list[Item]:
+    """Each component on the device, and of those that come as a whole the largest."""
+    divided = group.parallel.tensor > 1
+    items = [
+        Item(each.part.name, each.resident / GIB, divided and each.part.role == "transformer")
+        for each in weights
+        if not each.is_whole
+    ]
+    if moving := [each for each in weights if each.is_whole]:
+        largest = max(moving, key=lambda each: each.offloaded)
+        names = ", ".join(each.part.name for each in moving)
+        name = f"one of {names}" if len(moving) > 1 else names
+        items.append(Item(name, largest.offloaded / GIB, divided and largest.part.role == "transformer"))
+    return items
 
 
 def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request, width: int) -> float:

@@ -41,6 +41,9 @@ def _group(plan: GroupPlan) -> Iterator[str]:
     yield f"  nodes     {'; '.join(_seats(plan.seats)) or 'none has room'}"
     if plan.need:
         yield from _memory(plan.need.memory, plan)
+        if plan.need.memory.host_gib:
+            where = "page-locked main memory" if plan.placement.num_gpus else "main memory"
+            yield f"  host      {plan.need.memory.host_gib:.1f} GiB of weights a rank in {where}"
         if plan.need.memory.kv_cache:
             yield f"  KV cache  {_kv_cache(plan.need.memory.kv_cache)}"
         yield f"  speed     {_speed(plan.need, plan.card, plan.placement.num_nodes)}"

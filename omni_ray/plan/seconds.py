@@ -15,6 +15,7 @@ from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.cards import FAST_ATTENTION_GAIN, Card
 from omni_ray.plan.checkpoint import Component
 from omni_ray.plan.language import Language
+from omni_ray.plan.levers import weights_of
 from omni_ray.plan.linear import Transformer, token_counts
 from omni_ray.plan.memory import bytes_per_weight, decode_ranks
 from omni_ray.plan.parts import Part
@@ -26,6 +27,9 @@ EAGER_PASSES = 175.0
 EAGER_PASSES_OF = {"ZImageTransformer2DModel": 300.0}
 """Reads or writes of [tokens, hidden] per block besides matrix products. Z-Image rotates in complex numbers."""
 COMPILED_PASSES = 57.0
+
+FP8_GAIN = 1.5
+"""Of matrix products whose two sides are in 8 bits, the conversion of the activations included."""
 
 DECODE_EFFICIENCY = 0.35
 """Of an autoencoder's convolutions, against matrix products."""
@@ -59,8 +63,12 @@ def dit_seconds(group: DitGroup, parts: tuple[Part, ...], request: Request, card
     if crossing and not card.network_gbs:
         return None
     network = _network_s(group.parallel, model, request, card)
-    one = _forward_s(group, model, part.component.cls, request, card) + sum(network.values())
-    rest = sum(_once_s(group, each, request, card) for each in parts)
+    weights = weights_of(group, parts, 2)
+    streamed = max((each.offloaded for each in weights if not each.is_whole), default=0.0)
+    brought = sum(each.offloaded for each in weights if each.is_whole)
+    computed = _forward_s(group, model, part.component.cls, request, card) + sum(network.values())
+    one = max(computed, streamed / card.pcie_gbs / 1e9)
+    rest = sum(_once_s(group, each, request, card) for each in parts) + brought / card.pcie_gbs / 1e9
     image, text = request.image_tokens, request.text_tokens
     tflop = (model.linear_flop(image, text) + model.attention_flop(image, text)) / 1e12
     between = tuple((axis, forwards * network.get(axis, 0.0)) for axis in crossing)
@@ -76,8 +84,9 @@ def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, 
     compiled = group.compile.mode != "none"
     passes = COMPILED_PASSES if compiled else EAGER_PASSES_OF.get(cls, EAGER_PASSES)
     moved = passes * tokens * model.hidden * 2 * model.num_blocks / (axes.ulysses * axes.ring)
+    gain = FP8_GAIN if group.quantization.kind == "fp8" else 1.0
     return (
-        model.linear_flop(image, text) / ranks / card.tflops / 1e12
+        model.linear_flop(image, text) / ranks / card.tflops / gain / 1e12
         + model.attention_flop(image, text) / ranks / attention_tflops / 1e12
         + moved / card.memory_gbs / 1e9
         + _exchange_s(axes, model, image, text, card)

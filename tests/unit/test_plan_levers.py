@@ -1,0 +1,74 @@
+"""What a plan says of offload and quantization, against what is known of the models, and what is then fixed by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from omni_ray.config.spec import OmniSpec
+from omni_ray.plan.fixes import find_fixes
+from omni_ray.plan.inventory import parse_inventory
+from omni_ray.plan.plan import Need, make_plan
+
+QWEN = "Qwen/Qwen-Image"
+WAN = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+
+
+def need(source: str, card: str = "1xH200-141G", **blocks: Any) -> Need:
+    model = {"name": "m", "type": "dit", "source": source, **blocks}
+    found = make_plan(OmniSpec.model_validate({"models": [model]}), parse_inventory([card])).groups[0].need
+    assert found is not None
+    return found
+
+
+def gib(needed: Need) -> dict[str, float]:
+    return {item.name: item.gib for item in needed.memory.items}
+
+
+def test_streaming_blocks_leave_the_first_and_two_buffers() -> None:
+    plain, offloaded = need(QWEN), need(QWEN, offload={"kind": "layerwise"})
+    block = gib(plain)["transformer"] / 60
+    assert gib(offloaded)["transformer"] == pytest.approx(3 * block, rel=0.2)
+    assert gib(offloaded)["text_encoder"] == gib(plain)["text_encoder"]
+    assert offloaded.memory.host_gib == pytest.approx(59 * block + gib(plain)["text_encoder"], rel=0.02)
+    assert offloaded.estimate
+    assert plain.estimate
+    per_step = offloaded.memory.host_gib * 2**30 / 55e9
+    assert offloaded.estimate.seconds > 0.9 * 50 * (per_step - 0.4) > plain.estimate.seconds
+
+
+def test_a_part_of_the_blocks_streams_while_the_others_compute() -> None:
+    plain, some = need(QWEN), need(QWEN, offload={"kind": "layerwise", "cpu_offload_gb": 6.0})
+    assert some.estimate
+    assert plain.estimate
+    assert some.estimate.seconds < 1.05 * plain.estimate.seconds
+    assert gib(plain)["transformer"] - gib(some)["transformer"] == pytest.approx(6 - 2 * 38 / 60, abs=0.2)
+
+
+def test_one_expert_at_a_time() -> None:
+    plain, exclusive = need(WAN), need(WAN, offload={"kind": "sequential"})
+    name = "one of text_encoder, transformer, transformer_2"
+    assert set(gib(exclusive)) == {"vae", name, "activations", "workspace"}
+    assert gib(exclusive)[name] == gib(plain)["transformer"]
+    everything = need(WAN, offload={"kind": "model"})
+    assert "vae" not in gib(everything)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.5), ("fp8", 0.5), ("int4", 0.265)])
+def test_quantized_weights_are_smaller(kind: str, share: float) -> None:
+    plain, quantized = need(QWEN), need(QWEN, quantization={"kind": kind})
+    assert gib(quantized)["transformer"] == pytest.approx(share * gib(plain)["transformer"], rel=0.03)
+    assert gib(quantized)["text_encoder"] == gib(plain)["text_encoder"]
+    both = need(QWEN, quantization={"kind": kind, "components": ["text_encoder"]})
+    assert gib(both)["transformer"] == gib(plain)["transformer"]
+    assert gib(both)["text_encoder"] < 0.7 * gib(plain)["text_encoder"]
+
+
+def test_what_does_not_fit_is_fixed_by_offload() -> None:
+    spec = OmniSpec.model_validate({"models": [{"name": "m", "type": "dit", "source": QWEN}]})
+    plan = make_plan(spec, parse_inventory(["1xH100-80G"]))
+    assert not plan.refusals
+    plan = make_plan(spec, parse_inventory(["1xRTX4090-24G"]))
+    assert plan.refusals
+    assert any("offload.kind: layerwise" in str(fix) or "offload" in repr(fix) for fix in find_fixes(plan))
