@@ -87,7 +87,7 @@ def _in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
 def _load(args: argparse.Namespace) -> Any:
     load_format = "dummy" if args.dummy else "auto"
     pipe = lanes.load(DitGroup.model_validate({**BENCH, "source": args.source, "load_format": load_format}))
-    apply_compile(pipe, Compile(mode="regional" if args.compile else "none"))
+    apply_compile(pipe, Compile(mode="regional" if args.compile else "none"), lanes.device_and_dtype()[0])
     return pipe
 
 

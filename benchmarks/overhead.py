@@ -109,6 +109,7 @@ def compare_dit(args: argparse.Namespace) -> None:
         "source": args.source,
         "load_format": "dummy" if args.dummy else "auto",
         "compile": {"mode": "regional" if args.compile else "none"},
+        "attention": {"backend": "native"},
     }
     url, rows = f"http://127.0.0.1:{PORTS['omni_ray']}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(_omni(args, model), url + "/ready"):

@@ -12,18 +12,14 @@ import time
 
 import torch
 
+from benchmarks import lanes
 from omni_ray.accel.compile import apply_compile
-from omni_ray.accel.loader import load_pipeline, resolve
 from omni_ray.config.spec import Compile, DitGroup
-from omni_ray.sources import resolve_source
 
 args = json.loads(sys.argv[1])
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 group = DitGroup(type="dit", name="bench", source=args["source"], load_format="dummy" if args["dummy"] else "auto")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-pipe = load_pipeline(resolve(resolve_source(args["source"])), dtype, device, group, lambda *_: None)
-pipe.set_progress_bar_config(disable=True)
-apply_compile(pipe, Compile(mode="regional" if args["compile"] else "none"))
+pipe = lanes.load(group)
+apply_compile(pipe, Compile(mode="regional" if args["compile"] else "none"), lanes.device_and_dtype()[0])
 width, height = map(int, args["size"].split("x"))
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from omni_ray.accel.compile import apply_compile
-from omni_ray.accel.loader import load_pipeline, resolve
+from benchmarks import lanes
+from omni_ray.accel.apply import accelerate
 from omni_ray.config.spec import DitGroup, OmniSpec
 from omni_ray.plan.inventory import local_inventory
 from omni_ray.plan.plan import Need, make_plan
 from omni_ray.plan.report import report
-from omni_ray.sources import resolve_source
 
 GIB = 2**30
 
@@ -52,10 +51,9 @@ def main() -> None:
 
 @torch.no_grad()
 def _measure(group: DitGroup, need: Need) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = load_pipeline(resolve(resolve_source(group.source)), dtype, device, group, lambda *_: None)
-    apply_compile(pipe, group.compile)
+    device, _ = lanes.device_and_dtype()
+    pipe = lanes.load(group)
+    accelerate(pipe, group, device)
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     measured = {name: _num_bytes(part) / GIB for name, part in modules.items()}
     _run(pipe, need, 2)

@@ -50,7 +50,7 @@ def accelerate(
 
     Raises ConfigError where the pipeline or the device cannot do what the group asks.
     """
-    apply_attention(pipe, group.attention)
+    warnings = apply_attention(pipe, group.attention, device, pipe.dtype)
     shards = [Ranks.of(mesh, dim) for dim in ("ring", "ulysses") if getattr(group.parallel, dim) > 1] if mesh else []
     teacache, cache_dit = apply_cache(pipe, group.cache, shards)
     if mesh is not None:
@@ -58,9 +58,9 @@ def accelerate(
         if group.parallel.vae == "auto":
             split_decode(pipe)
         read_parts(Ranks.of(mesh, "tensor"))
-    warnings = apply_quantization(pipe, group.quantization, device)
+    warnings += apply_quantization(pipe, group.quantization, device)
     offload = apply_offload(pipe, group.offload, device)
-    apply_compile(pipe, group.compile)
+    warnings += apply_compile(pipe, group.compile, device)
     # Cache-DiT decides for a whole batch. On a sequence axis, which tokens a rank has depends on the longest request in
     # the batch, and what was kept of them would not be theirs.
     alone = tuple(transformers_of(pipe)) if cache_dit or (teacache and shards) else ()

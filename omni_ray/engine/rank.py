@@ -93,6 +93,7 @@ class Rank:
 
         from omni_ray.accel.apply import accelerate
         from omni_ray.accel.capabilities import read_capabilities
+        from omni_ray.accel.compile import is_compiled
         from omni_ray.accel.loader import load_pipeline, read_parts, resolve
         from omni_ray.accel.parallel import build_mesh
         from omni_ray.engine.exchange import Exchange
@@ -116,10 +117,10 @@ class Rank:
         self._warnings = accelerators.warnings
         for warning in accelerators.warnings:
             logger.warning("%s: %s", group.id, warning)
-        capabilities = read_capabilities(pipe, folder, group)
+        capabilities = self._within_memory(read_capabilities(pipe, folder, group), device)
         self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device)
         self._loop.start()
-        if group.compile.mode != "none" and lockstep.leads:
+        if is_compiled(group.compile, device) and lockstep.leads:
             report("compiling")
             self._warm_up(capabilities)
         return capabilities
@@ -130,6 +131,22 @@ class Rank:
 
         world.join(self._index, self._group.parallel.num_ranks, *address, device, self._store)
         return Lockstep()
+
+    def _within_memory(self, capabilities: Capabilities, device: torch.device) -> Capabilities:
+        """With sizes limited to what fits beside the weights, so that a larger request is refused before it starts."""
+        from omni_ray.plan.fit import safe_pixels
+        from omni_ray.plan.inventory import local_inventory
+
+        pixels = safe_pixels(self._group, self._source, local_inventory()) if device.type == "cuda" else None
+        if pixels is None or pixels >= capabilities.max_pixels:
+            return capabilities
+        logger.warning(
+            "%s: limits.max_pixels is %d, but no more than %d fit beside the weights; more is refused",
+            self._group.id,
+            capabilities.max_pixels,
+            pixels,
+        )
+        return dataclasses.replace(capabilities, max_pixels=pixels)
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""

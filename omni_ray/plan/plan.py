@@ -100,7 +100,7 @@ def _plan_group(
         checkpoint = read(group.source)
         refusals = group_refusals(index, group, checkpoint)
         if not any(refusal.key == "source" for refusal in refusals):
-            needs = {node.card: _need(group, checkpoint, node, placement) for node in nodes}
+            needs = {node.card: need_of(group, checkpoint, node, placement) for node in nodes}
     except ConfigError as error:
         unknown = f"models[{index}].source: {error.message}"
     except (KeyError, TypeError, ValueError) as error:
@@ -152,7 +152,8 @@ def _notes(
         yield f"limits allow {need.largest}, which does not fit beside the weights; {change}"
 
 
-def _need(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placement: Placement) -> Need:
+def need_of(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, placement: Placement) -> Need:
+    """What a rank of the group needs on a GPU of ``node``. Raises ConfigError where the model's size is not known."""
     on_gpu = bool(placement.num_gpus) and node.card is not None
     whole = node.card.gib if on_gpu and node.card else node.host_gib or math.inf
     budget = whole * group.memory.gpu_memory_utilization if on_gpu else whole

@@ -21,7 +21,7 @@ from omni_ray.plan.memory import bytes_per_weight, decode_ranks
 from omni_ray.plan.parts import Part
 from omni_ray.plan.request import Request
 
-FAST_ATTENTION = ("_native_cudnn", "_flash_3", "flash_4")
+FAST_ATTENTION = ("cudnn", "fa3", "_native_cudnn", "_flash_3", "flash_4")
 
 EAGER_PASSES = 175.0
 EAGER_PASSES_OF = {"ZImageTransformer2DModel": 300.0}
@@ -79,7 +79,9 @@ def _forward_s(group: DitGroup, model: Transformer, cls: str, request: Request, 
     image, text = request.image_tokens, request.text_tokens
     axes, tokens = group.parallel, image + text
     ranks = axes.tensor * axes.ulysses * axes.ring
-    fast = (group.attention.backend or "").startswith(FAST_ATTENTION)
+    fast = group.attention.backend.startswith(FAST_ATTENTION) or (
+        group.attention.backend == "auto" and card.name in FAST_ATTENTION_GAIN
+    )
     attention_tflops = card.attention_tflops * (FAST_ATTENTION_GAIN.get(card.name, 1.0) if fast else 1.0)
     compiled = group.compile.mode != "none"
     passes = COMPILED_PASSES if compiled else EAGER_PASSES_OF.get(cls, EAGER_PASSES)

@@ -71,7 +71,7 @@ BROKEN = {
         HEAD + IMAGE.replace("}", ", compile: {mode: regionl}}"),
         "6:72",
         f"{MODEL_0}.compile.mode",
-        "came 'regionl'; it should be 'none' or 'regional'; did you mean 'regional'?",
+        "came 'regionl'; it should be 'auto', 'none' or 'regional'; did you mean 'regional'?",
     ),
     "unknown type": (HEAD + CHAT.replace("ar", "arr"), "6:30", f"{MODEL_0}.type", "came 'arr'; did you mean 'ar'?"),
     "misspelt type": (HEAD + CHAT.replace("type", "tpye"), "6:24", f"{MODEL_0}.tpye", "did you mean 'type'?"),
@@ -105,11 +105,11 @@ BROKEN = {
         "applications[0].import_path",
         "did you mean 'omni_ray.app:build'?",
     ),
-    "value that is not supported yet": (
-        HEAD + IMAGE.replace("}", ", cache: {kind: cache_dit}}"),
-        "6:70",
-        f"{MODEL_0}.cache.kind",
-        "'cache_dit' is not supported yet; use 'teacache' or 'none'",
+    "key of another kind": (
+        HEAD + IMAGE.replace("}", ", cache: {kind: cache_dit, threshold: 0.1}}"),
+        "6:87",
+        f"{MODEL_0}.cache.threshold",
+        "is TeaCache's; set kind: teacache",
     ),
     "engine argument with a key of its own": (
         HEAD + CHAT.replace("}", ", engine_args: {max-model-len: 9, tensor-parallel-size: 2}}"),

@@ -78,18 +78,20 @@ def test_the_command_is_quick_and_light() -> None:
     assert plans.comment("two_8gpu_nodes.yaml").endswith(printed)
 
 
-COMPILED = {"compile": {"mode": "regional"}}
+OWN = {"attention": {"backend": "native"}}
+COMPILED = {"compile": {"mode": "regional"}, **OWN}
+EAGER = {"compile": {"mode": "none"}, **OWN}
 NO_STEPS = 10_000  # so many that text encoders and decode do not count
 
 
 @pytest.mark.parametrize(
     ("model", "card", "measured_ms"),
     [
-        (FLUX, "H200-141G", 176),
+        (FLUX | EAGER, "H200-141G", 176),
         (FLUX | COMPILED, "H200-141G", 134),
-        (QWEN_IMAGE, "H200-141G", 172),
+        (QWEN_IMAGE | EAGER, "H200-141G", 172),
         (QWEN_IMAGE | COMPILED, "H200-141G", 132),
-        (Z_IMAGE, "H200-141G", 154),
+        (Z_IMAGE | EAGER, "H200-141G", 154),
         (Z_IMAGE | COMPILED, "H200-141G", 100),
     ],
 )
@@ -104,7 +106,7 @@ def test_milliseconds_of_a_forward(model: dict[str, Any], card: str, measured_ms
     assert need.estimate.seconds / NO_STEPS * 1000 == pytest.approx(measured_ms, rel=0.15)
 
 
-@pytest.mark.parametrize(("model", "measured_s"), [(FLUX, 5.52), (QWEN_IMAGE, 5.83)])
+@pytest.mark.parametrize(("model", "measured_s"), [(FLUX | EAGER, 5.52), (QWEN_IMAGE | EAGER, 5.83)])
 def test_seconds_of_an_image_on_an_h100(model: dict[str, Any], measured_s: float) -> None:
     """`python -m benchmarks.overhead dit`, plain diffusers, eager, 28 steps, without guidance."""
     need = only(plan_of(model | {"defaults": {"num_inference_steps": 28}}, inventory="1xH100-80G")).need

@@ -1,0 +1,122 @@
+"""What is done to the modules of a diffusers pipeline: cache, offload, quantization, compilation, attention kernel."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from omni_ray.config.block import Block, Positive
+
+
+class CacheDitOptions(Block):
+    """The options of the cache-dit library, under its own names and with its defaults."""
+
+    Fn_compute_blocks: Positive = Field(8, description="First blocks, always computed: their change decides.")
+    Bn_compute_blocks: int = Field(0, ge=0, description="Last blocks, always computed.")
+    residual_diff_threshold: float = Field(
+        0.08, ge=0, description="Relative change below which a step is skipped; higher reuses more."
+    )
+    max_accumulated_residual_diff_threshold: float | None = Field(
+        None, gt=0, description="No step is skipped once the changes of a request add up to this."
+    )
+    max_warmup_steps: int = Field(8, ge=0, description="First steps, always computed.")
+    warmup_interval: Positive = Field(1, description="Of the first steps, every how-manieth is computed.")
+    max_cached_steps: int = Field(-1, ge=-1, description="Steps of a request that may be skipped; -1: any number.")
+    max_continuous_cached_steps: int = Field(-1, ge=-1, description="Steps in a row that may be skipped.")
+    taylorseer_order: int = Field(
+        0, ge=0, le=4, description="TaylorSeer: skipped steps are forecast by this derivative; 0 is off."
+    )
+    steps_mask: Literal["slow", "medium", "fast", "ultra"] | None = Field(
+        None, description="SCM: which steps may be skipped, by a mask of the library."
+    )
+    steps_computation_policy: Literal["dynamic", "static"] = Field(
+        "dynamic", description="SCM: `static` skips what the mask lets, `dynamic` asks the threshold too."
+    )
+
+
+class Cache(Block):
+    """Reuse of computed denoise steps."""
+
+    kind: Literal["none", "teacache", "cache_dit", "both"] = Field(
+        "none", description="Which cache answers steps that can be skipped; `both`: Cache-DiT beneath TeaCache."
+    )
+    cache_dit: CacheDitOptions = Field(default_factory=CacheDitOptions, description="Cache-DiT's own options.")
+    threshold: float = Field(
+        0.2, gt=0, description="TeaCache: estimated change that adds up before a step is computed; higher reuses more."
+    )
+    max_consecutive_skips: Positive = Field(4, description="TeaCache: steps in a row that may be skipped.")
+    coefficients: tuple[float, ...] | None = Field(
+        None, description="TeaCache: the model's polynomial, highest power first; null takes the family's."
+    )
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        others = self.model_fields_set - {"kind"}
+        wrong = [f"{key}: is TeaCache's; set kind: teacache" for key in sorted(others - {"cache_dit"})]
+        wrong = [] if self.kind in ("teacache", "both") else wrong
+        if "cache_dit" in others and self.kind not in ("cache_dit", "both"):
+            wrong.append("cache_dit: has Cache-DiT's options; set kind: cache_dit")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+class DitOffload(Block):
+    """Weights kept in host memory and brought to the device when needed."""
+
+    kind: Literal["none", "model", "layerwise", "sequential"] = Field(
+        "none",
+        description="`model`: whole components, one on the device at a time; `sequential`: only transformers and "
+        "encoders; `layerwise`: blocks of the transformers stream, encoders come when called.",
+    )
+    cpu_offload_gb: float = Field(
+        0.0, ge=0, description="About so many GiB live in host memory (`layerwise`: of blocks); 0: all that may."
+    )
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        if self.cpu_offload_gb and self.kind in ("none", "sequential"):
+            raise ValueError(f"cpu_offload_gb: says nothing with kind {self.kind!r}; set kind: model or layerwise")
+        return self
+
+
+class DitQuantization(Block):
+    """Weights and activations in fewer bits, converted on load."""
+
+    kind: Literal["none", "int8", "int4", "fp8"] = Field(
+        "none",
+        description="`int8`, `int4`: of the weights alone, which saves memory; `fp8`: of weights and activations, "
+        "which saves time too, on GPUs from Ada and Hopper on.",
+    )
+    components: tuple[str, ...] | None = Field(
+        None, description="Components of the pipeline to quantize, by name; null: its transformers."
+    )
+    skip: tuple[str, ...] = Field(
+        (), description="Paths of layers that stay as they are, such as `transformer_blocks.0.*` (`*` stands for any)."
+    )
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        if others := self.model_fields_set - {"kind"} if self.kind == "none" else set():
+            raise ValueError("\n".join(f"{key}: says nothing with kind 'none'; set a kind" for key in sorted(others)))
+        return self
+
+
+class Compile(Block):
+    """torch.compile of the transformer's repeated blocks (regional compilation)."""
+
+    mode: Literal["auto", "none", "regional"] = Field(
+        "auto", description="`regional` compiles each kind of block once; `auto` does so on GPUs."
+    )
+    dynamic: bool = Field(True, description="One graph for all sizes and batch sizes; false compiles each anew.")
+
+
+class Attention(Block):
+    """The attention kernel."""
+
+    backend: str = Field(
+        "auto",
+        description="`native`, `cudnn`, `fa3`, `flash`, `sage`, `xformers`, `flex` or another backend of diffusers; "
+        "`auto` takes cuDNN's on GPUs from Hopper on, and else leaves the model's own.",
+    )

@@ -1,0 +1,91 @@
+"""Attention kernels and compilation: what is chosen, and what is refused with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import attention_backend
+
+from omni_ray.accel.attention import apply_attention
+from omni_ray.accel.compile import apply_compile, is_compiled
+from omni_ray.config.spec import Attention, Batching, Compile
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.errors import ConfigError
+from tests.lanes import run_lanes
+from tests.ranks import CPU, jobs_of, load
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def kernel_of_the_process() -> Iterator[None]:
+    """diffusers remembers the last kernel that was set, for all models of the process."""
+    with attention_backend("native"):
+        yield
+
+
+def test_a_kernel_that_runs_draws_the_same(tiny: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of("flux")[:1]
+    wanted, _ = run_lanes(EngineLoop(tiny("flux"), Batching()), jobs, monkeypatch)
+    pipe = load(tiny_folder("flux"))
+    assert apply_attention(pipe, Attention(backend="_native_flash"), CPU, torch.float32) == []
+    made, _ = run_lanes(EngineLoop(pipe, Batching()), jobs, monkeypatch)
+    assert np.abs(made[jobs[0].id] - wanted[jobs[0].id]).max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["fa3", "flash", "sage", "xformers"])
+def test_a_kernel_that_is_not_installed_is_refused(backend: str, tiny_folder: Any) -> None:
+    with pytest.raises(ConfigError, match=r"attention.backend '\w+' (cannot be used|does not run)"):
+        apply_attention(load(tiny_folder("flux")), Attention(backend=backend), CPU, torch.float32)
+
+
+def test_a_kernel_that_is_installed_and_does_not_run_is_refused(tiny_folder: Any) -> None:
+    with pytest.raises(ConfigError, match=r"'_native_cudnn' does not run on cpu in torch.float32"):
+        apply_attention(load(tiny_folder("flux")), Attention(backend="cudnn"), CPU, torch.float32)
+
+
+def test_auto_leaves_the_models_own_on_a_cpu(tiny_folder: Any) -> None:
+    pipe = load(tiny_folder("flux"))
+    apply_attention(pipe, Attention(), CPU, torch.float32)
+    assert pipe.transformer.transformer_blocks[0].attn.processor._attention_backend is None
+
+
+def test_blocks_are_compiled_on_gpus_unless_the_spec_says() -> None:
+    assert [is_compiled(Compile(), device) for device in (CPU, CUDA)] == [False, True]
+    assert is_compiled(Compile(mode="regional"), CPU)
+    assert not is_compiled(Compile(mode="none"), CUDA)
+
+
+def test_what_cannot_be_compiled_is_said(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load(tiny_folder("flux"))
+    monkeypatch.setattr(type(pipe.transformer), "_repeated_blocks", None)
+    (warning,) = apply_compile(pipe, Compile(), CUDA)
+    assert warning.startswith("compile auto: transformer (FluxTransformer2DModel) names no repeated blocks")
+    with pytest.raises(ConfigError, match="set mode: none"):
+        apply_compile(pipe, Compile(mode="regional"), CPU)
+
+
+@pytest.mark.slow
+def test_what_the_compiler_made_is_kept(
+    tiny: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    jobs = jobs_of("flux")[:1]
+    wanted, _ = run_lanes(EngineLoop(tiny("flux"), Batching()), jobs, monkeypatch)
+    counters = torch._dynamo.utils.counters["inductor"]
+    for start in ("first", "second"):
+        torch._dynamo.reset()
+        counters.clear()
+        pipe = load(tiny_folder("flux"))
+        apply_compile(pipe, Compile(mode="regional"), CPU)
+        made, _ = run_lanes(EngineLoop(pipe, Batching()), jobs, monkeypatch)
+        assert np.abs(made[jobs[0].id] - wanted[jobs[0].id]).max() < 1e-4
+        if start == "second":
+            assert counters["fxgraph_cache_miss"] == 0
+    assert any(tmp_path.iterdir())
