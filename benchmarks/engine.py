@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import lanes
 from omni_ray.accel.compile import apply_compile
 from omni_ray.config.spec import Batching, Compile, DitGroup
 from omni_ray.engine.lockstep import Alone, Turn
-from omni_ray.engine.loop import EngineLoop
 from omni_ray.messages import Job
+from omni_ray.tuning.likeness import psnr
+from omni_ray.tuning.run import device_and_dtype, load, run
 
 BENCH = {"type": "dit", "name": "bench"}
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is taken")
     args = parser.parse_args()
-    device, dtype = lanes.device_and_dtype()
+    device, dtype = device_and_dtype()
     pipe = _in_a_thread(_load, args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
@@ -73,7 +73,7 @@ def main() -> None:
         single_s, single, _ = _lanes(pipe, jobs, Batching(max_num_seqs=16, max_num_batched_tokens=1))
         print(
             f"{size:>6} {plain_s:>9.2f} {lanes_s:>9.2f} {lanes_s / plain_s:>7.3f} {f'{num_lanes} of {num_plain}':>12} "
-            f"{lanes.psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {lanes.psnr(images, single):>8.1f}",
+            f"{psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {psnr(images, single):>8.1f}",
             flush=True,
         )
 
@@ -86,8 +86,8 @@ def _in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
 
 def _load(args: argparse.Namespace) -> Any:
     load_format = "dummy" if args.dummy else "auto"
-    pipe = lanes.load(DitGroup.model_validate({**BENCH, "source": args.source, "load_format": load_format}))
-    apply_compile(pipe, Compile(mode="regional" if args.compile else "none"), lanes.device_and_dtype()[0])
+    pipe = load(DitGroup.model_validate({**BENCH, "source": args.source, "load_format": load_format}))
+    apply_compile(pipe, Compile(mode="regional" if args.compile else "none"), device_and_dtype()[0])
     return pipe
 
 
@@ -121,7 +121,7 @@ def _plain(pipe: Any, jobs: list[Job]) -> tuple[float, list[Any], int]:
 def _lanes(pipe: Any, jobs: list[Job], batching: Batching) -> tuple[float, list[Any], int]:
     """The same for the jobs sent together. Images are taken before they are encoded, as the pipeline gives them."""
     counted = Counted()
-    seconds, images, _ = lanes.run(EngineLoop(pipe, batching, counted), jobs)
+    seconds, images, _ = run(pipe, jobs, batching, lockstep=counted)
     return seconds, images, counted.num_forwards
 
 

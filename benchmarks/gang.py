@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import lanes
 from omni_ray.accel.apply import accelerate
 from omni_ray.accel.parallel import build_mesh
 from omni_ray.config.spec import Batching, DitGroup, DitParallel
@@ -30,6 +29,8 @@ from omni_ray.engine.exchange import Exchange
 from omni_ray.engine.lockstep import Lockstep
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.messages import Job
+from omni_ray.tuning.likeness import psnr
+from omni_ray.tuning.run import device_and_dtype, load, run
 
 AXES = [{"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"cfg": 2}, {"ulysses": 4}, {"tensor": 2, "ulysses": 2}]
 AXES += [{"cfg": 2, "ulysses": 2}]
@@ -99,15 +100,14 @@ def start(args: argparse.Namespace, size: int) -> None:
 
 
 def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
-    device, _ = lanes.device_and_dtype()
+    device, _ = device_and_dtype()
     if device.type == "cuda":
         torch.cuda.set_device(index % torch.cuda.device_count())
     world.join(index, size, "127.0.0.1", port, device, None)
     alone = group_of(args, {})
-    pipe = lanes.load(alone) if index == 0 else None
-    one = EngineLoop(pipe, alone.batching) if index == 0 else None
-    alone_s, wanted = draw(one, args) if one else (0.0, [])
-    del pipe, one
+    pipe = load(alone) if index == 0 else None
+    alone_s, wanted = draw(args, pipe) if pipe is not None else (0.0, [])
+    del pipe
     for axes in args.parallel:
         group = group_of(args, axes)
         if group.parallel.num_ranks != size:
@@ -117,19 +117,20 @@ def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
         gang_s, made = together(args, group, device, leads=index == 0)
         if index == 0:
             label = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
-            print(f"{label:>24} {lanes.psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
+            print(f"{label:>24} {psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
 
 
 def together(
     args: argparse.Namespace, group: DitGroup, device: torch.device, *, leads: bool
 ) -> tuple[float, list[Any]]:
     """Seconds per image and the images, on the rank that leads."""
-    pipe = lanes.load(group)
+    pipe = load(group)
     mesh = build_mesh(group.parallel, device.type)
     exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
-    loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerate(pipe, group, device, mesh))
+    accelerators = accelerate(pipe, group, device, mesh)
     if leads:
-        return draw(loop, args)
+        return draw(args, pipe, lockstep=Lockstep(), exchange=exchange, accelerators=accelerators)
+    loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerators)
     loop.start()
     loop.join()
     return 0.0, []
@@ -146,7 +147,7 @@ def group_of(args: argparse.Namespace, axes: dict[str, int]) -> DitGroup:
     )
 
 
-def draw(loop: EngineLoop, args: argparse.Namespace) -> tuple[float, list[Any]]:
+def draw(args: argparse.Namespace, pipe: Any, **loop_options: Any) -> tuple[float, list[Any]]:
     """Seconds per image and the images."""
     shape = {"height": args.size, "width": args.size, "num_inference_steps": args.steps}
     guided = {"negative_prompt": "blurred", "true_cfg_scale": 4.0}
@@ -154,7 +155,7 @@ def draw(loop: EngineLoop, args: argparse.Namespace) -> tuple[float, list[Any]]:
         Job(id=str(seed), model="bench", group="bench", params={"prompt": prompt, **shape, **guided}, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
-    seconds, images, _ = lanes.run(loop, jobs)
+    seconds, images, _ = run(pipe, jobs, Batching(max_num_batched_tokens=1), **loop_options)
     return seconds / len(jobs), images
 
 

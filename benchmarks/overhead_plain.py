@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from benchmarks import lanes
 from omni_ray.accel.compile import apply_compile
 from omni_ray.config.spec import Compile, DitGroup
+from omni_ray.tuning.run import device_and_dtype, load
 
 args = json.loads(sys.argv[1])
 group = DitGroup(type="dit", name="bench", source=args["source"], load_format="dummy" if args["dummy"] else "auto")
-pipe = lanes.load(group)
-apply_compile(pipe, Compile(mode="regional" if args["compile"] else "none"), lanes.device_and_dtype()[0])
+pipe = load(group)
+apply_compile(pipe, Compile(mode="regional" if args["compile"] else "none"), device_and_dtype()[0])
 width, height = map(int, args["size"].split("x"))
 
 

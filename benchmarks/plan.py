@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import lanes
 from omni_ray.accel.apply import accelerate
 from omni_ray.config.spec import DitGroup, OmniSpec
 from omni_ray.plan.inventory import local_inventory
 from omni_ray.plan.plan import Need, make_plan
 from omni_ray.plan.report import report
+from omni_ray.tuning.run import device_and_dtype, load
 
 GIB = 2**30
 
@@ -51,8 +51,8 @@ def main() -> None:
 
 @torch.no_grad()
 def _measure(group: DitGroup, need: Need) -> None:
-    device, _ = lanes.device_and_dtype()
-    pipe = lanes.load(group)
+    device, _ = device_and_dtype()
+    pipe = load(group)
     accelerate(pipe, group, device)
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     measured = {name: _num_bytes(part) / GIB for name, part in modules.items()}

@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 
-from benchmarks import lanes
 from omni_ray.accel.apply import accelerate
 from omni_ray.config.spec import DitGroup
 from omni_ray.demo import scenes
 from omni_ray.demo.check import reasons
 from omni_ray.demo.image_model import DEFAULTS
-from omni_ray.engine.loop import EngineLoop
 from omni_ray.messages import Job
+from omni_ray.tuning.likeness import mean_psnr, ssim
+from omni_ray.tuning.run import device_and_dtype, load, run
 
 Levers = dict[str, dict[str, Any]]
 """Blocks of a group."""
@@ -71,14 +70,14 @@ def main() -> None:
     args = parser.parse_args()
     wanted = scenes.held_out_scenes(args.captions)
     exact, exact_s, _ = draw({}, wanted, args.steps)
-    device, dtype = lanes.device_and_dtype()
+    device, dtype = device_and_dtype()
     print(f"{args.captions} captions of {args.steps} steps, {device}, {dtype}: {exact_s:.1f} s without any lever\n")
     print("| setting | steps skipped | speed-up | PSNR dB | SSIM | right |\n|---|---|---|---|---|---|")
     print(f"| none | 0% | 1.00 | | | {right(exact, wanted):.0%} |", flush=True)
     for name, levers in settings(args).items():
         images, seconds, skipped = draw(levers, wanted, args.steps)
         print(
-            f"| {name} | {skipped:.0%} | {exact_s / seconds:.2f} | {psnr(exact, images):.1f} | "
+            f"| {name} | {skipped:.0%} | {exact_s / seconds:.2f} | {mean_psnr(exact, images):.1f} | "
             f"{ssim(exact, images):.3f} | {right(images, wanted):.0%} |",
             flush=True,
         )
@@ -100,8 +99,8 @@ def settings(args: argparse.Namespace) -> dict[str, Levers]:
 def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, float, float]:
     """Images [n, height, width, 3] of 8 bits, seconds for all, and the share of steps skipped."""
     group = DitGroup.model_validate({"type": "dit", "name": "bench", "source": "demo:image", **levers})
-    pipe = lanes.load(group)
-    device, _ = lanes.device_and_dtype()
+    pipe = load(group)
+    device, _ = device_and_dtype()
     accelerators = accelerate(pipe, group, device)
     jobs = [
         Job(
@@ -113,10 +112,8 @@ def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, f
         )
         for i, scene in enumerate(wanted)
     ]
-    lanes.run(EngineLoop(pipe, group.batching, accelerators=accelerators, device=device), jobs[:8])  # a warm-up
-    seconds, images, usages = lanes.run(
-        EngineLoop(pipe, group.batching, accelerators=accelerators, device=device), jobs
-    )
+    run(pipe, jobs[:8], group.batching, accelerators=accelerators)  # a warm-up
+    seconds, images, usages = run(pipe, jobs, group.batching, accelerators=accelerators)
     skipped = sum(usage.steps_skipped for usage in usages) / (steps * len(jobs))
     return np.stack(images), seconds, skipped
 
@@ -124,23 +121,6 @@ def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, f
 def right(images: Any, wanted: list[scenes.Scene]) -> float:
     good = [not reasons(Image.fromarray(image), scene) for image, scene in zip(images, wanted, strict=True)]
     return sum(good) / len(good)
-
-
-def psnr(exact: Any, images: Any) -> float:
-    return float(np.mean([min(lanes.psnr([one], [two]), 99.0) for one, two in zip(exact, images, strict=True)]))
-
-
-def ssim(exact: Any, images: Any) -> float:
-    """Mean structural similarity of grey values (https://ieeexplore.ieee.org/document/1284395), flat windows."""
-    x, y = (torch.from_numpy(each).float().mean(-1)[:, None] for each in (exact, images))
-
-    def mean(z: torch.Tensor) -> torch.Tensor:
-        return functional.avg_pool2d(z, 8, stride=4)
-
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
 
 
 if __name__ == "__main__":

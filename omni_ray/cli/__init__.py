@@ -1,4 +1,4 @@
-"""The command line: ``omni-ray check | plan | serve | status``. Each verb imports what it needs only when it runs."""
+"""The command line: ``omni-ray check | plan | serve | …``. Each verb imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8000"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 1 it failed, 2 the command line is wrong."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, flags = parser.parse_known_args(argv)
+    arguments.flags = flags
+    if flags and arguments.verb != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         sys.exit(_run(arguments))
     except OmniRayError as error:
@@ -31,15 +35,38 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return plan(arguments.file, arguments.inventory)
     if arguments.verb == "serve":
-        from omni_ray.cli.serve import serve
+        return _serve(arguments)
+    if arguments.verb == "calibrate":
+        from omni_ray.cli.calibrate import calibrate
 
-        return serve(arguments.file, arguments.host, arguments.port)
+        return calibrate(arguments)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from omni_ray.cli.flags import file_of, is_file, show
+    from omni_ray.config.load import load_file
+    from omni_ray.errors import ConfigError
+
+    if not is_file(arguments.file):
+        file = file_of(arguments.file, arguments.flags, arguments.type)
+    elif arguments.flags or arguments.type:
+        raise ConfigError(f"{arguments.file} is a file, which says all of its models; flags are for a MODEL")
+    else:
+        file = load_file(arguments.file)
+    if arguments.show_yaml:
+        print(show(file), end="")
+        return 0
+    from omni_ray.cli.serve import serve
+
+    return serve(file, arguments.host, arguments.port)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from omni_ray.cli import flags
+
     parser = argparse.ArgumentParser(
         prog="omni-ray", description="Serves LLMs (vLLM) and diffusion transformers (diffusers) behind one endpoint."
     )
@@ -67,11 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     serve = verbs.add_parser(
         "serve",
         help="serve a file, with a progress line per model",
-        description="Serves FILE until Ctrl-C, on a Ray of its own, or on the cluster that RAY_ADDRESS names.",
+        description="Serves FILE, or one MODEL, until Ctrl-C, on a Ray of its own, or on the cluster that RAY_ADDRESS "
+        "names.",
+        epilog=flags.help_text(),
     )
-    serve.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+    flags.add_arguments(serve)
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
+
+    from omni_ray.cli.calibrate import add_arguments
+
+    add_arguments(
+        verbs.add_parser(
+            "calibrate",
+            help="fit TeaCache to a model",
+            description="Runs a few prompts on this machine, fits the curve that TeaCache needs, tries thresholds (a "
+            "higher one skips more steps), and writes a file that `cache.calibration` names, and a plot.",
+        )
+    )
 
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")

@@ -11,7 +11,6 @@ from omni_ray.cli.announce import announcement
 from omni_ray.cli.cluster import Cluster
 from omni_ray.cli.progress import ProgressLines
 from omni_ray.cli.ready import ask_ready, phase_of
-from omni_ray.config.load import load_file
 from omni_ray.config.serve_file import OmniApplication, ServeFile
 from omni_ray.errors import ConfigError, Unavailable
 
@@ -20,14 +19,14 @@ ASK_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 30.0
 
 
-def serve(path: str, host: str | None, port: int | None) -> int:
+def serve(file: ServeFile, host: str | None, port: int | None) -> int:
     """Serve the file until Ctrl-C or SIGTERM, then stop what was started.
 
     Raises:
         ConfigError: the file cannot be served.
         Unavailable: its deployment failed; the message says why.
     """
-    file = _listen_at(load_file(path), host, port)
+    file = _listen_at(file, host, port)
     _check_http(file)
     # As Ctrl-C. Ray puts a handler of its own in its place, which is then replaced again.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -35,11 +35,23 @@ class CacheDitOptions(Block):
     )
 
 
+class Quality(Block):
+    """What a cache may cost."""
+
+    psnr: float = Field(gt=0, description="dB to the uncached image, in the mean over the calibration's prompts.")
+
+
 class Cache(Block):
     """Reuse of computed denoise steps."""
 
     kind: Literal["none", "teacache", "cache_dit", "both"] = Field(
         "none", description="Which cache answers steps that can be skipped; `both`: Cache-DiT beneath TeaCache."
+    )
+    calibration: str | None = Field(
+        None, description="TeaCache: a file that `omni-ray calibrate` wrote, in place of `coefficients`."
+    )
+    quality: Quality | None = Field(
+        None, description="TeaCache: the likeness to keep, in place of `threshold`; needs a calibration."
     )
     cache_dit: CacheDitOptions = Field(default_factory=CacheDitOptions, description="Cache-DiT's own options.")
     threshold: float = Field(
@@ -57,6 +69,12 @@ class Cache(Block):
         wrong = [] if self.kind in ("teacache", "both") else wrong
         if "cache_dit" in others and self.kind not in ("cache_dit", "both"):
             wrong.append("cache_dit: has Cache-DiT's options; set kind: cache_dit")
+        if self.calibration and self.coefficients:
+            wrong.append("coefficients: the calibration has its own; remove one of them")
+        if self.quality and not self.calibration:
+            wrong.append("quality: only a calibration knows which threshold keeps it; set calibration")
+        if self.quality and "threshold" in others:
+            wrong.append("threshold: quality chooses it; remove one of them")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

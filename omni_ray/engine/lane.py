@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, encode_outputs
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
-from omni_ray.messages import Event, Failure, Job, StepEvent, Usage
+from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch.utils._pytree import TreeSpec
 
 Emit = Callable[[Event], None]
+Encode = Callable[[Any, Job], Iterable[Media]]
 
 _thread_pools = ThreadpoolController()
 
@@ -49,6 +50,7 @@ class Lane:
         lock: threading.RLock,
         emit: Emit | None,
         settle: Callable[[], object] = lambda: None,
+        encode: Encode | None = None,
     ) -> None:
         self.id = job.id
         self.job = job
@@ -69,6 +71,7 @@ class Lane:
         self.structures: dict[str, TreeSpec | None] = {}  # of its transformers' answers
         self._gate = gate
         self._settle = settle
+        self._encode = encode or encode_outputs
         self._emit = emit or _tell_nobody
         self._follows = emit is None
         self._pipe = self._own(pipe, lock)
@@ -135,7 +138,7 @@ class Lane:
             with _one_openmp_thread():
                 output = self._call_pipeline()
             self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
-            for media in () if self._follows else encode_outputs(output, self.job):
+            for media in () if self._follows else self._encode(output, self.job):
                 self._emit(media)
             self._emit(self._usage(started))
         except LaneCancelled:

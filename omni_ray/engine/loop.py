@@ -18,7 +18,7 @@ from omni_ray.engine import batch
 from omni_ray.engine.clock import DeviceClock
 from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
-from omni_ray.engine.lane import Emit, Lane
+from omni_ray.engine.lane import Emit, Encode, Lane
 from omni_ray.engine.lockstep import Alone, Lockstep, Turn
 from omni_ray.errors import Cancelled
 from omni_ray.messages import Failure, Job
@@ -43,7 +43,8 @@ SWITCH_FACTOR = 8.0
 class EngineLoop:
     """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread.
 
-    ``device`` is where it computes; where that is not said, it is where the pipeline's weights are.
+    ``device`` is where it computes; where that is not said, it is where the pipeline's weights are. ``encode`` makes
+    media of what a pipeline returns.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class EngineLoop:
         exchange: Exchange | None = None,
         accelerators: Accelerators | None = None,
         device: torch.device | None = None,
+        encode: Encode | None = None,
     ) -> None:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
+        self._encode = encode
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
         self._lockstep = lockstep or Alone()
@@ -155,8 +158,8 @@ class EngineLoop:
         self._forget_ended()
         for job in turn.admit:
             emit = self._emits.pop(job.id, None)
-            lane = Lane(job, self._pipe, self._device, self._gate, self._helper_lock, emit, self._clock.busy)
-            self._lanes[job.id] = lane
+            owned = (self._pipe, self._device, self._gate, self._helper_lock)
+            lane = self._lanes[job.id] = Lane(job, *owned, emit, self._clock.busy, self._encode)
             lane.start()
         for job_id in turn.cancel:
             self._gate.cancel(job_id)

@@ -107,7 +107,7 @@ BROKEN = {
     ),
     "key of another kind": (
         HEAD + IMAGE.replace("}", ", cache: {kind: cache_dit, threshold: 0.1}}"),
-        "6:87",
+        "6:92",
         f"{MODEL_0}.cache.threshold",
         "is TeaCache's; set kind: teacache",
     ),

@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.cache.apply import apply_cache
-from omni_ray.accel.cache.teacache import Kept, TeaCache, polynomial
+from omni_ray.accel.cache.teacache import Kept, TeaCache
 from omni_ray.accel.modules import transformers_of
+from omni_ray.config.calibration import Curve
 from omni_ray.config.catalog import FAMILIES as CATALOG
 from omni_ray.config.spec import Batching, Cache
 from omni_ray.engine.loop import EngineLoop
@@ -94,16 +95,16 @@ def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeyp
 def test_estimates_add_up_to_the_threshold(tiny: Any) -> None:
     cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"), {})
     kept = Kept(residuals=[(None,)])
-    decisions = [cache._decide(IDENTITY, kept, 0.1, end=False) for _ in range(6)]
+    decisions = [cache._decide(Curve(coefficients=IDENTITY), kept, 0.1, end=False) for _ in range(6)]
     assert decisions == [True, True, False, True, True, False]
-    assert cache._decide(IDENTITY, kept, 0.0, end=True) is False
-    assert cache._decide(IDENTITY, kept, None, end=False) is False
+    assert cache._decide(Curve(coefficients=IDENTITY), kept, 0.0, end=True) is False
+    assert cache._decide(Curve(coefficients=IDENTITY), kept, None, end=False) is False
 
 
 def test_the_polynomial_is_numpys() -> None:
     coefficients = CATALOG["FluxTransformer2DModel"].teacache_coefficients
     for x in (0.0, 0.05, 0.3):
-        assert polynomial(coefficients, x) == pytest.approx(float(np.polyval(coefficients, x)))
+        assert Curve(coefficients=coefficients)(x) == pytest.approx(float(np.polyval(coefficients, x)))
 
 
 def test_an_unknown_family_is_refused() -> None:

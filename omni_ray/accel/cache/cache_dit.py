@@ -8,7 +8,7 @@ the other branch's by counting. Requests do not share a forward, since they woul
 from __future__ import annotations
 
 import copy
-import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,7 @@ from omni_ray.accel.cache.stacks import Stacks
 from omni_ray.config.spec import CacheDitOptions
 from omni_ray.errors import ConfigError
 
-logging.getLogger("cache_dit").setLevel(logging.WARNING)
+os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "WARNING")  # read when it is imported
 
 Contexts = dict[str, Any]
 """What one branch of one request keeps of one transformer: the library's contexts by name."""

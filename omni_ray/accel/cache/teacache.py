@@ -19,8 +19,10 @@ from omni_ray.accel.cache.stacks import Stacks
 from omni_ray.accel.cache.standins import Streams, fitted
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.config.calibration import Curve, read_calibration
 from omni_ray.config.catalog import FAMILIES
 from omni_ray.config.spec import Cache
+from omni_ray.errors import ConfigError
 
 Run = Callable[[], Any]
 """Starts a forward of the transformer on the rows in question."""
@@ -49,10 +51,7 @@ class TeaCache:
         self._spec = spec
         self._stacks = stacks
         self._shards = shards
-        self._coefficients = {
-            name: tuple(spec.coefficients or FAMILIES[type(transformer).__name__].teacache_coefficients)
-            for name, transformer in transformers_of(pipe).items()
-        }
+        self._curves, self._threshold = curves_of(spec, pipe)
 
     def can_skip(
         self, name: str, kept: Sequence[Kept], sizes: Sequence[int], ends: Sequence[bool], run: Run
@@ -69,7 +68,7 @@ class TeaCache:
         skips = []
         for each, signal, distance, end in zip(kept, signals, distances, ends, strict=True):
             each.signal = signal
-            skips.append(self._decide(self._coefficients[name], each, distance, end))
+            skips.append(self._decide(self._curves[name], each, distance, end))
         return skips
 
     def _distances(self, before: Sequence[torch.Tensor | None], now: Sequence[torch.Tensor]) -> list[float | None]:
@@ -84,11 +83,11 @@ class TeaCache:
         by_index = dict(zip(pairs, values, strict=True))
         return [by_index.get(i) for i in range(len(now))]
 
-    def _decide(self, coefficients: tuple[float, ...], kept: Kept, distance: float | None, end: bool) -> bool:
+    def _decide(self, curve: Curve, kept: Kept, distance: float | None, end: bool) -> bool:
         if end or distance is None or not kept.residuals or kept.num_skipped >= self._spec.max_consecutive_skips:
             return _computed(kept)
-        kept.accumulated += max(0.0, polynomial(coefficients, distance))
-        if kept.accumulated >= self._spec.threshold:
+        kept.accumulated += curve(distance)
+        if kept.accumulated >= self._threshold:
             return _computed(kept)
         kept.num_skipped += 1
         return True
@@ -114,12 +113,24 @@ def _rows(x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     return [x] if len(sizes) == 1 else [row.clone() for row in x.split(list(sizes))]
 
 
-def polynomial(coefficients: Sequence[float], x: float) -> float:
-    """The highest power first, as numpy has them."""
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * x + coefficient
-    return value
+def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], float]:
+    """The curve of each transformer, and the threshold. Raises ConfigError where the calibration is another model's."""
+    transformers = transformers_of(pipe)
+    if spec.calibration is None:
+        chosen = {
+            name: spec.coefficients or FAMILIES[type(transformer).__name__].teacache_coefficients
+            for name, transformer in transformers.items()
+        }
+        return {name: Curve(coefficients=tuple(each)) for name, each in chosen.items()}, spec.threshold
+    calibration = read_calibration(spec.calibration)
+    if calibration.pipeline != type(pipe).__name__ or calibration.curves.keys() != transformers.keys():
+        raise ConfigError(
+            f"cache.calibration: {spec.calibration} is of a {calibration.pipeline} with "
+            f"{', '.join(calibration.curves)}, but this is a {type(pipe).__name__} with {', '.join(transformers)}; "
+            "calibrate this one"
+        )
+    threshold = spec.threshold if spec.quality is None else calibration.threshold_for(spec.quality.psnr)
+    return calibration.curves, threshold
 
 
 def _computed(kept: Kept) -> bool:

@@ -1,0 +1,70 @@
+"""Jobs through an engine loop in this process."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_ray.accel.loader import load_pipeline, resolve
+from omni_ray.config.spec import Batching, DitGroup
+from omni_ray.engine.loop import EngineLoop
+from omni_ray.messages import Failure, Job, Usage
+from omni_ray.sources import resolve_source
+
+
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+
+
+def load(group: DitGroup) -> Any:
+    """The pipeline of ``group`` on this machine's device, without accelerators."""
+    device, dtype = device_and_dtype()
+    pipe = load_pipeline(resolve(resolve_source(group.source)), dtype, device, group, lambda *_: None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(
+    pipe: Any, jobs: Sequence[Job], batching: Batching, **loop_options: Any
+) -> tuple[float, list[Any], list[Usage]]:
+    """Seconds, images (or videos, of 8 bits and not encoded) and costs of jobs sent together to an engine loop.
+
+    ``loop_options`` are those of :class:`EngineLoop`. Raises the error of a job that fails.
+    """
+    made: dict[str, Any] = {}
+
+    def keep(output: Any, job: Job) -> tuple[()]:
+        made[job.id] = _pixels(output)
+        return ()
+
+    device, _ = device_and_dtype()
+    loop = EngineLoop(pipe, batching, device=device, encode=keep, **loop_options)
+    ended: queue.SimpleQueue[Usage | Failure] = queue.SimpleQueue()
+    loop.start()
+    start = time.perf_counter()
+    for job in jobs:
+        loop.submit(job, lambda event: ended.put(event) if isinstance(event, (Usage, Failure)) else None)
+    usages: dict[str, Usage] = {}
+    try:
+        for _ in jobs:
+            if isinstance(event := ended.get(), Failure):
+                raise event.error
+            usages[event.job_id] = event
+        seconds = time.perf_counter() - start
+    finally:
+        loop.stop()
+    return seconds, [made[job.id] for job in jobs], [usages[job.id] for job in jobs]
+
+
+def _pixels(output: Any) -> Any:
+    """The first image [height, width, 3] or video [frames, height, width, 3]."""
+    if (frames := getattr(output, "frames", None)) is None:
+        return np.asarray(output.images[0])
+    clip = np.stack([np.asarray(frame) for frame in frames[0]])
+    return clip if clip.dtype == np.uint8 else (clip.clip(0, 1) * 255).round().astype(np.uint8)
