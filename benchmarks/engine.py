@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from omni_ray.config.spec import Batching, Compile, DitGroup
 from omni_ray.engine.lockstep import Alone, Turn
 from omni_ray.messages import Job
 from omni_ray.tuning.likeness import psnr
-from omni_ray.tuning.run import device_and_dtype, load, run
+from omni_ray.tuning.run import device_and_dtype, in_a_thread, load, run
 
 BENCH = {"type": "dit", "name": "bench"}
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is taken")
     args = parser.parse_args()
     device, dtype = device_and_dtype()
-    pipe = _in_a_thread(_load, args)
+    pipe = in_a_thread(_load, args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"\n{type(pipe).__name__} on {name}, {'compiled' if args.compile else 'eager'}, "
@@ -63,9 +62,9 @@ def main() -> None:
     )
     for size in args.sizes:
         jobs = [_job(i, size, args.steps[i % len(args.steps)], args.source) for i in range(args.requests)]
-        _in_a_thread(_plain, pipe, [_short(jobs[0])])
+        in_a_thread(_plain, pipe, [_short(jobs[0])])
         _lanes(pipe, [_short(job) for job in jobs], Batching(max_num_seqs=16))
-        runs = [_in_a_thread(_plain, pipe, jobs) for _ in range(args.repeats)]
+        runs = [in_a_thread(_plain, pipe, jobs) for _ in range(args.repeats)]
         plain_s, images, num_plain = min(runs, key=lambda r: r[0])
         lanes_s, joined, num_lanes = min(
             (_lanes(pipe, jobs, Batching(max_num_seqs=16)) for _ in range(args.repeats)), key=lambda r: r[0]
@@ -76,12 +75,6 @@ def main() -> None:
             f"{psnr(images, joined):>8.1f} {single_s / plain_s:>11.3f} {psnr(images, single):>8.1f}",
             flush=True,
         )
-
-
-def _in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
-    """Run ``work`` in a thread that ends, so that its OpenMP pool is gone before another thread is measured."""
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(work, *args).result()
 
 
 def _load(args: argparse.Namespace) -> Any:

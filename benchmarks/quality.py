@@ -15,21 +15,18 @@ import json
 import re
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from omni_ray.accel.apply import accelerate
 from omni_ray.config.spec import DitGroup
 from omni_ray.demo import scenes
 from omni_ray.demo.check import reasons
 from omni_ray.demo.image_model import DEFAULTS
 from omni_ray.messages import Job
 from omni_ray.tuning.likeness import mean_psnr, ssim
-from omni_ray.tuning.run import device_and_dtype, load, run
-
-Levers = dict[str, dict[str, Any]]
-"""Blocks of a group."""
+from omni_ray.tuning.measure import Levers, measure
+from omni_ray.tuning.run import device_and_dtype
+from omni_ray.tuning.tune import BASELINE
 
 
 def teacache(threshold: float) -> Levers:
@@ -40,24 +37,20 @@ def cache_dit(**options: Any) -> Levers:
     return {"cache": {"kind": "cache_dit", "cache_dit": options}}
 
 
+EAGER = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "max_continuous_cached_steps": 4}
 SETTINGS: dict[str, Levers] = {
-    **{f"TeaCache {threshold:g}": teacache(threshold) for threshold in (0.05, 0.1, 0.2, 0.4)},
+    **{f"TeaCache {threshold:g}": teacache(threshold) for threshold in (0.1, 0.2, 0.4)},
     "Cache-DiT 0.08": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.08),
-    "Cache-DiT 0.15": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.15, max_continuous_cached_steps=3),
-    "Cache-DiT 0.3": cache_dit(Fn_compute_blocks=1, residual_diff_threshold=0.3, max_continuous_cached_steps=3),
-    "Cache-DiT 0.3, TaylorSeer": cache_dit(
-        Fn_compute_blocks=1, residual_diff_threshold=0.3, max_continuous_cached_steps=3, taylorseer_order=1
-    ),
-    "Cache-DiT, SCM fast": cache_dit(
-        Fn_compute_blocks=1, steps_mask="fast", steps_computation_policy="static", max_warmup_steps=4
-    ),
+    "Cache-DiT 0.3": cache_dit(**EAGER, residual_diff_threshold=0.3),
+    "Cache-DiT 0.3, TaylorSeer": cache_dit(**EAGER, residual_diff_threshold=0.3, taylorseer_order=1),
+    "Cache-DiT, SCM fast": cache_dit(**EAGER, steps_mask="fast", steps_computation_policy="static"),
     "int8": {"quantization": {"kind": "int8"}},
     "fp8": {"quantization": {"kind": "fp8"}},
     "model offload": {"offload": {"kind": "model"}},
     "layer-wise offload": {"offload": {"kind": "layerwise"}},
     "compile": {"compile": {"mode": "regional"}},
 }
-PAIRED = ("TeaCache 0.1", "Cache-DiT 0.3", "int8", "layer-wise offload", "compile")
+PAIRED = ("TeaCache 0.4", "Cache-DiT 0.3", "int8", "layer-wise offload", "compile")
 
 
 def main() -> None:
@@ -69,16 +62,18 @@ def main() -> None:
     parser.add_argument("--levers", type=json.loads, nargs="+", default=[], help="more settings, as blocks of a group")
     args = parser.parse_args()
     wanted = scenes.held_out_scenes(args.captions)
-    exact, exact_s, _ = draw({}, wanted, args.steps)
+    jobs, group = jobs_of(wanted, args.steps), DitGroup(type="dit", name="bench", source="demo:image")
+    exact = measure(group, BASELINE, jobs)
     device, dtype = device_and_dtype()
-    print(f"{args.captions} captions of {args.steps} steps, {device}, {dtype}: {exact_s:.1f} s without any lever\n")
+    print(f"{args.captions} captions of {args.steps} steps, {device}, {dtype}: {exact.seconds:.1f} s without a lever\n")
     print("| setting | steps skipped | speed-up | PSNR dB | SSIM | right |\n|---|---|---|---|---|---|")
-    print(f"| none | 0% | 1.00 | | | {right(exact, wanted):.0%} |", flush=True)
+    print(f"| none | 0% | 1.00 | | | {right(exact.images, wanted):.0%} |", flush=True)
     for name, levers in settings(args).items():
-        images, seconds, skipped = draw(levers, wanted, args.steps)
+        found = measure(group, BASELINE | levers, jobs)
+        speed_up, images = exact.seconds / found.seconds, found.images
         print(
-            f"| {name} | {skipped:.0%} | {exact_s / seconds:.2f} | {mean_psnr(exact, images):.1f} | "
-            f"{ssim(exact, images):.3f} | {right(images, wanted):.0%} |",
+            f"| {name} | {found.skipped:.0%} | {speed_up:.2f} | {mean_psnr(exact.images, images):.1f} | "
+            f"{ssim(exact.images, images):.3f} | {right(images, wanted):.0%} |",
             flush=True,
         )
 
@@ -96,13 +91,8 @@ def settings(args: argparse.Namespace) -> dict[str, Levers]:
     return {name: levers for name, levers in chosen.items() if re.search(args.only, name) and (cuda or name != "fp8")}
 
 
-def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, float, float]:
-    """Images [n, height, width, 3] of 8 bits, seconds for all, and the share of steps skipped."""
-    group = DitGroup.model_validate({"type": "dit", "name": "bench", "source": "demo:image", **levers})
-    pipe = load(group)
-    device, _ = device_and_dtype()
-    accelerators = accelerate(pipe, group, device)
-    jobs = [
+def jobs_of(wanted: list[scenes.Scene], steps: int) -> list[Job]:
+    return [
         Job(
             id=str(i),
             model="bench",
@@ -112,10 +102,6 @@ def draw(levers: Levers, wanted: list[scenes.Scene], steps: int) -> tuple[Any, f
         )
         for i, scene in enumerate(wanted)
     ]
-    run(pipe, jobs[:8], group.batching, accelerators=accelerators)  # a warm-up
-    seconds, images, usages = run(pipe, jobs, group.batching, accelerators=accelerators)
-    skipped = sum(usage.steps_skipped for usage in usages) / (steps * len(jobs))
-    return np.stack(images), seconds, skipped
 
 
 def right(images: Any, wanted: list[scenes.Scene]) -> float:

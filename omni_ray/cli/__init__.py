@@ -40,6 +40,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.calibrate import calibrate
 
         return calibrate(arguments)
+    if arguments.verb == "tune":
+        from omni_ray.cli.tune import tune
+
+        return tune(arguments)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
@@ -102,14 +106,22 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
-    from omni_ray.cli.calibrate import add_arguments
+    from omni_ray.cli import calibrate, tune
 
-    add_arguments(
+    calibrate.add_arguments(
         verbs.add_parser(
             "calibrate",
             help="fit TeaCache to a model",
             description="Runs a few prompts on this machine, fits the curve that TeaCache needs, tries thresholds (a "
             "higher one skips more steps), and writes a file that `cache.calibration` names, and a plot.",
+        )
+    )
+
+    tune.add_arguments(
+        verbs.add_parser(
+            "tune",
+            help="measure every lever on a model, and write the fastest profile of a given quality",
+            description="Runs a few prompts on this machine with each lever alone and with the good ones together.",
         )
     )
 

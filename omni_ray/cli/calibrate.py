@@ -10,16 +10,21 @@ from omni_ray.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[], help="to try; default: by what they skip")
+    parser.add_argument("--max-consecutive-skips", type=int, default=4)
+    parser.add_argument("--psnr", type=float, metavar="DB", help="say which threshold keeps so many dB")
+    parser.add_argument("--output", default="calibration.json", metavar="FILE", help="default: %(default)s")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what is to be drawn."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or demo:image")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="one prompt a line; a dozen is enough")
     parser.add_argument("--num-inference-steps", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--size", metavar="WxH", help="default: the model's own")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--negative-prompt")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[], help="to try; default: by what they skip")
-    parser.add_argument("--max-consecutive-skips", type=int, default=4)
-    parser.add_argument("--psnr", type=float, metavar="DB", help="say which threshold keeps so many dB")
-    parser.add_argument("--output", default="calibration.json", metavar="FILE", help="default: %(default)s")
 
 
 def calibrate(arguments: argparse.Namespace) -> int:

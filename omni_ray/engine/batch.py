@@ -233,6 +233,6 @@ def is_full(calls: list[Call], budget: int) -> bool:
     used: dict[Hashable, int] = {}
     for call in calls:
         used[call.key] = used.get(call.key, 0) + call.tokens
-        if call.method not in JOINABLE or used[call.key] + call.tokens > budget:
+        if call.alone or call.method not in JOINABLE or used[call.key] + call.tokens > budget:
             return True
     return False

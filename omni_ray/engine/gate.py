@@ -36,10 +36,12 @@ class Call:
 
     ``id`` is the same on every rank: the lane's, and the call's number in it. ``is_denoising`` tells the forwards of
     the transformers from other calls, and ``ordinal`` counts them within a step of the lane. The lane sleeps until a
-    call is answered, unless it is ``deferred``. ``skipped`` says whether a cache answers it, once that is decided.
+    call is answered, unless it is ``deferred``. A call that is ``alone`` shares its forward with none. ``skipped`` says
+    whether a cache answers it, once that is decided.
     """
 
     __slots__ = (
+        "alone",
         "args",
         "autocast",
         "branch",
@@ -69,6 +71,7 @@ class Call:
         self.branch: str | None = lane.branch
         self.autocast = _autocast_state(lane.device.type)
         self.key: Hashable = None
+        self.alone = False
         self.tokens = 1
         self.result: Any = None
         self.error: BaseException | None = None

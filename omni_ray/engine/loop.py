@@ -172,7 +172,8 @@ class EngineLoop:
 
     def _describe(self, call: Call) -> None:
         call.tokens = batch.num_tokens(call, self._patch_size(call.name))
-        call.key = (call.lane.id,) if (call.name, call.method) in self._forward.alone else batch.signature(call)
+        call.alone = (call.name, call.method) in self._forward.alone
+        call.key = (call.lane.id,) if call.alone else batch.signature(call)
 
     def _patch_size(self, name: str) -> int:
         """Latent pixels along one edge of a token. Transformers that take latents as pictures patch them themselves."""

@@ -24,7 +24,7 @@ from omni_ray.config.spec import Cache, DitGroup
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
 from omni_ray.tuning.likeness import mean_psnr
-from omni_ray.tuning.run import load, run
+from omni_ray.tuning.run import in_a_thread, load, run
 
 DEGREES = (4, 3, 2, 1)
 GRID = tuple(round(0.01 * 1.35**i, 4) for i in range(20))
@@ -83,7 +83,7 @@ def calibrate(
 
     Raises ConfigError where TeaCache does not know the model's family.
     """
-    pipe = load(group)
+    pipe = in_a_thread(load, group)
     transformers = transformers_of(pipe)
     families = {name: FAMILIES.get(type(each).__name__) for name, each in transformers.items()}
     if unknown := [name for name, family in families.items() if family is None or not family.stacks]:

@@ -12,7 +12,7 @@ from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
 from omni_ray.sources import resolve_source
-from omni_ray.tuning.run import load
+from omni_ray.tuning.run import in_a_thread, load
 
 
 def read_prompts(path: str) -> list[str]:
@@ -31,7 +31,7 @@ def jobs_of(group: DitGroup, prompts: list[str], arguments: argparse.Namespace) 
 
     Raises ConfigError where the model does not take an argument.
     """
-    pipe = load(group.model_copy(update={"load_format": "dummy"}))
+    pipe = in_a_thread(load, group.model_copy(update={"load_format": "dummy"}))
     capabilities = read_capabilities(pipe, resolve(resolve_source(group.source)), group)
     asked: dict[str, Any] = {
         "num_inference_steps": arguments.num_inference_steps,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from omni_ray.tuning.run import in_a_thread
+
 MOST_DB = 99.0
 """What equal images count as in a mean."""
 
@@ -28,6 +30,10 @@ def mean_psnr(first: Sequence[Any], second: Sequence[Any]) -> float:
 
 def ssim(first: Sequence[Any], second: Sequence[Any]) -> float:
     """Mean structural similarity of grey values (https://ieeexplore.ieee.org/document/1284395), flat 8 x 8 windows."""
+    return float(in_a_thread(_ssim, first, second))
+
+
+def _ssim(first: Sequence[Any], second: Sequence[Any]) -> float:
     x, y = (torch.from_numpy(np.stack(each)).float().mean(-1)[:, None] for each in (first, second))
 
     def mean(z: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from omni_ray.sources import resolve_source
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+
+
+def in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
+    """Run ``work`` in a thread that ends, and with it its OpenMP pool: beside a second pool, that of the engine loop is
+    half as fast."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(work, *args).result()
 
 
 def load(group: DitGroup) -> Any:
