@@ -1,0 +1,85 @@
+"""Milliseconds of one forward of a transformer, beside stock diffusers and the card's ceiling. Needs a GPU.
+
+    python -m benchmarks.forward FOLDER [--size 1024] [--only REGEX]
+
+Each row is a new transformer with random weights. "Of the ceiling" is the FLOP of its matrix products and attention
+over its time, against 8192³ matrix products in bfloat16 of the same run; fp8 can pass it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.alone import Arguments, arguments_of, made, matmul_tflops, milliseconds
+from omni_ray.config.spec import DitGroup
+from omni_ray.plan.autoencoders import autoencoder
+from omni_ray.plan.checkpoint import read_checkpoint
+from omni_ray.plan.parts import parts_of
+from omni_ray.plan.request import default_request
+
+EAGER, COMPILED = {"compile": {"mode": "none"}}, {"compile": {"mode": "regional"}}
+STATIC = {"compile": {"mode": "regional", "dynamic": False}}
+NATIVE, CUDNN = {"attention": {"backend": "native"}}, {"attention": {"backend": "cudnn"}}
+FP8 = {"quantization": {"kind": "fp8"}}
+ROWS: dict[str, dict[str, Any]] = {
+    "stock, eager": EAGER | NATIVE,
+    "stock, compiled": COMPILED | NATIVE,
+    "eager, cuDNN attention": EAGER | CUDNN,
+    "compiled, cuDNN attention": COMPILED | CUDNN,
+    "compiled for one size, cuDNN attention": STATIC | CUDNN,
+    "compiled, cuDNN attention, fp8": COMPILED | CUDNN | FP8,
+    "compiled for one size, cuDNN attention, fp8": STATIC | CUDNN | FP8,
+    "compiled, cuDNN attention, int8": COMPILED | CUDNN | {"quantization": {"kind": "int8"}},
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--only", default="", help="a regular expression: the rows to measure")
+    args = parser.parse_args()
+    ceiling, tflop = matmul_tflops(), tflop_of(args.source)
+    print(f"{torch.cuda.get_device_name()}: {ceiling:.0f} TFLOP/s in matrix products; {args.source}, {tflop:.1f} TFLOP")
+    print("\n| | ms a forward | against stock compiled | of the ceiling | first forward s |\n|---|---|---|---|---|")
+    kind, arguments = arguments_of(args.source, args.size)
+    stock = 0.0
+    for name, levers in ROWS.items():
+        if re.search(args.only, name):
+            first_s, ms = measured(kind, arguments, levers)
+            stock = ms if name == "stock, compiled" else stock
+            against = f"{stock / ms:.2f}" if stock else ""
+            print(f"| {name} | {ms:.1f} | {against} | {tflop / ms * 1000 / ceiling:.0%} | {first_s:.1f} |", flush=True)
+
+
+def measured(kind: Any, arguments: Arguments, levers: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of the first forward, and milliseconds of a later one."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    transformer, _ = made(kind, levers)
+    start = time.perf_counter()
+    transformer(*arguments[0], **arguments[1])
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, milliseconds(lambda: transformer(*arguments[0], **arguments[1]))
+
+
+def tflop_of(source: str) -> float:
+    """TFLOP of a forward of the default size, as the plan counts them."""
+    checkpoint = read_checkpoint(source)
+    group = DitGroup(type="dit", name="bench", source=source)
+    request = default_request(group, checkpoint, autoencoder({}))
+    model: Any = next(part.model for part in parts_of(checkpoint) if part.role == "transformer")
+    image, text = request.image_tokens, request.text_tokens
+    return float(model.linear_flop(image, text) + model.attention_flop(image, text)) / 1e12
+
+
+if __name__ == "__main__":
+    main()
