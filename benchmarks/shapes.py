@@ -1,15 +1,18 @@
 """Checkpoint folders with the configs of well-known models and no weights, for `load_format: dummy`.
 
-    python -m benchmarks.shapes flux|qwen_image|qwen3_8b FOLDER
+    python -m benchmarks.shapes flux|qwen_image|qwen3_8b|z_image|wan FOLDER
 
-Shapes are those of black-forest-labs/FLUX.1-dev, Qwen/Qwen-Image and Qwen/Qwen3-8B. The tokenizer is a byte-level one
+Shapes are those of black-forest-labs/FLUX.1-dev, Qwen/Qwen-Image, Qwen/Qwen3-8B, Tongyi-MAI/Z-Image-Turbo and
+Wan-AI/Wan2.2-T2V-A14B. The tokenizer is a byte-level one
 of our own: its tokens mean nothing to random weights.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    UniPCMultistepScheduler,
 )
 from transformers import CLIPTextConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
+from omni_ray.plan.checkpoint import SHAPES as SHIPPED
 from tests.tiny_dit import tokenizer
 
 
@@ -118,6 +123,23 @@ def qwen3_8b(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
 
 
+def shipped(name: str, scheduler: Any) -> Callable[[Path], None]:
+    """A pipeline whose configs the plan ships, with our tokenizer and this scheduler."""
+
+    def write(folder: Path) -> None:
+        shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+        tokenizer().save_pretrained(folder / "tokenizer")
+        scheduler.save_pretrained(folder / "scheduler")
+
+    return write
+
+
 def _write(
     folder: Path, pipeline: str, configs: dict[str, Any], classes: dict[str, list[str]], tokenizers: tuple[str, ...]
 ) -> None:
@@ -144,7 +166,16 @@ def _write(
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-SHAPES = {"flux": flux, "qwen_image": qwen_image, "qwen3_8b": qwen3_8b}
+SHAPES = {
+    "flux": flux,
+    "qwen_image": qwen_image,
+    "qwen3_8b": qwen3_8b,
+    "z_image": shipped("Tongyi-MAI--Z-Image-Turbo", FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "wan": shipped(
+        "Wan-AI--Wan2.2-T2V-A14B-Diffusers",
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ),
+}
 
 if __name__ == "__main__":
     SHAPES[sys.argv[1]](Path(sys.argv[2]))
