@@ -220,10 +220,10 @@ class DitGroup(Group):
 
     @model_validator(mode="after")
     def _caches_know_all_branches(self) -> Self:
-        if self.cache.kind != "none" and self.parallel.cfg > 1:
+        if self.cache.kind in ("cache_dit", "both") and self.parallel.cfg > 1:
             raise ValueError(
-                f"cache.kind: {self.cache.kind!r} cannot go with parallel.cfg 2 yet: the two parts of the gang would "
-                "not know each other's decisions; use 'none', or cfg: 1"
+                f"cache.kind: {self.cache.kind!r} cannot go with parallel.cfg 2, because cache-dit compares over all "
+                "ranks what only one part of the gang computes; use 'teacache' or 'none', or cfg: 1"
             )
         return self
 

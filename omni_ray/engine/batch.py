@@ -13,6 +13,7 @@ the batch axis. Its leaves fall in four sorts:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -113,8 +114,8 @@ def is_even(calls: list[Call], num_parts: int) -> bool:
     return len(calls) == 1 and calls[0].is_denoising and batch_size(calls[0]) % num_parts == 0
 
 
-def part(call: Call, index: int, num_parts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the call for the ``index``-th of ``num_parts`` equal parts of its batch."""
+def piece(call: Call, index: int, num_parts: int) -> Call:
+    """The call with the ``index``-th of ``num_parts`` equal parts of its batch alone."""
     size = batch_size(call)
     rows = slice(index * size // num_parts, (index + 1) * size // num_parts)
 
@@ -123,8 +124,9 @@ def part(call: Call, index: int, num_parts: int) -> tuple[tuple[Any, ...], dict[
         return leaf[rows] if batched or (isinstance(leaf, list) and len(leaf) == size) else leaf
 
     leaves, tree = _flatten(call, size)
-    args, kwargs = pytree.tree_unflatten([cut(leaf) for leaf in leaves], tree)
-    return args, kwargs
+    own = copy.copy(call)
+    own.args, own.kwargs = pytree.tree_unflatten([cut(leaf) for leaf in leaves], tree)
+    return own
 
 
 def concat(answers: list[Any]) -> Any:
@@ -226,6 +228,17 @@ def share_out(chosen: list[Call], others: list[Call], urgency: Callable[[Call], 
     if len(found) < num:
         return [chosen]
     return [found[i * len(found) // num : (i + 1) * len(found) // num] for i in range(num)]
+
+
+def share_at_home(calls: list[Call], urgency: Callable[[Call], float], budget: int, num: int) -> list[list[Call]]:
+    """The next calls in ``num`` shares, where each guidance branch of a request is always computed by the same part,
+    for what a cache keeps of it is there. A call that brings all its branches is alone, and will be cut."""
+    first = min(calls, key=urgency)
+    if not first.is_denoising or is_even([first], num):
+        return [choose([first], urgency, budget) if first.is_denoising else choose(calls, urgency, budget)]
+    single = [call for call in calls if call.is_denoising and not is_even([call], num)]
+    homes = [[call for call in single if (call.lane.number + call.ordinal) % num == part] for part in range(num)]
+    return [choose(home, urgency, budget) if home else [] for home in homes]
 
 
 def is_full(calls: list[Call], budget: int) -> bool:

@@ -37,16 +37,16 @@ class Exchange:
         """As `Lockstep.same`, among the ranks of this part."""
         return same(value, self._own_part)
 
-    def all(self, own: list[Answer]) -> list[list[Answer]]:
-        """Every part's answers, in the order of the parts; ``own`` are this one's."""
-        return [self._from(part, own) for part in range(self.size)]
+    def all(self, own: list[Answer], skipped: list[bool | None]) -> list[tuple[list[Answer], list[bool | None]]]:
+        """Every part's answers, and what its cache decided about them, in the order of the parts; these are ``own``."""
+        return [self._from(part, own, skipped) for part in range(self.size)]
 
-    def _from(self, part: int, own: list[Answer]) -> list[Answer]:
+    def _from(self, part: int, own: list[Answer], skipped: list[bool | None]) -> tuple[list[Answer], list[bool | None]]:
         source, sends = self._ranks[part], part == self.index
-        box = [[_describe(answer) for answer in own] if sends else None]
+        box: list[Any] = [([_describe(answer) for answer in own], skipped) if sends else None]
         dist.broadcast_object_list(box, src=source, group=self._words)
-        answers = []
-        for i, (error, spec, tensors) in enumerate(box[0] or []):
+        answers, (descriptions, told) = [], box[0]
+        for i, (error, spec, tensors) in enumerate(descriptions):
             leaves = pytree.tree_leaves(own[i]) if sends and error is None else []
             for j, (shape, dtype) in enumerate(tensors):
                 tensor = leaves[j].contiguous() if sends else torch.empty(shape, dtype=dtype, device=self._device)
@@ -54,7 +54,7 @@ class Exchange:
                 if not sends:
                     leaves.append(tensor)
             answers.append(pytree.tree_unflatten(leaves, spec) if spec is not None else EngineFailed(str(error)))
-        return own if sends else answers
+        return (own if sends else answers), told
 
 
 def gloo_group(cells: list[list[int]]) -> Any:

@@ -56,32 +56,35 @@ class Forward:
         calls = [call for share in shares for call in share]
         exchange = self._exchange
         if exchange is not None and len(shares) == exchange.size:
-            own = self._run(shares[exchange.index], exchange, calls)
-            for share, answers in zip(shares, exchange.all(own), strict=True):
-                self._answer(share, answers)
+            share = shares[exchange.index]
+            own = self._run(share, exchange, calls) if share else []
+            told = exchange.all(own, [call.skipped for call in share])
+            for share, (answers, skipped) in zip(shares, told, strict=True):
+                self._answer(share, answers, skipped)
         elif exchange is not None and batch.is_even(calls, exchange.size):
-            self._answer(calls, [self._in_parts(calls[0], exchange)])
+            self._in_parts(calls[0], exchange)
         else:
-            self._answer(calls, self._run(calls, self._lockstep))
+            answers = self._run(calls, self._lockstep)
+            self._answer(calls, answers, [call.skipped for call in calls])
         return calls
 
     @staticmethod
-    def _answer(calls: list[Call], answers: list[Answer]) -> None:
-        for call, answer in zip(calls, answers, strict=True):
+    def _answer(calls: list[Call], answers: list[Answer], skipped: list[bool | None]) -> None:
+        for call, answer, is_skipped in zip(calls, answers, skipped, strict=True):
+            call.lane.branches_skipped += bool(is_skipped)
             if isinstance(answer, BaseException):
                 call.error = answer.with_traceback(None)  # its frames hold the activations of the forward
             else:
                 call.result = answer
 
-    def _in_parts(self, call: Call, exchange: Exchange) -> Answer:
+    def _in_parts(self, call: Call, exchange: Exchange) -> None:
         """One call whose batch is cut over the cfg axis, such as one that brings both guidance branches itself."""
-        try:
-            own = self._forward([call], *batch.part(call, exchange.index, exchange.size))
-        except Exception as error:
-            self._check(error, exchange)
-            own = error
-        parts = [part for (part,) in exchange.all([own])]
-        return next((part for part in parts if isinstance(part, BaseException)), None) or batch.concat(parts)
+        piece = batch.piece(call, exchange.index, exchange.size)
+        own = self._run([piece], exchange, [call])
+        told = exchange.all(own, [piece.skipped])
+        parts, skipped = [answer for (answer,), _ in told], [each for _, (each,) in told]
+        error = next((part for part in parts if isinstance(part, BaseException)), None)
+        self._answer([call], [error or batch.concat(parts)], [all(skipped)])
 
     def _run(
         self, calls: list[Call], ranks: Alone | Lockstep | Exchange, charged: list[Call] | None = None
@@ -136,7 +139,6 @@ class Forward:
             skips = ranks.same(cache.can_skip(name, kept(new), sizes(new), ends, run(new)))
             for call, skip in zip(new, skips, strict=True):
                 call.skipped = skip
-                call.lane.branches_skipped += skip
         if known := [call for call in calls if call.skipped]:
             answer = cache.reuse(name, kept(known), run(known))
             answers |= zip([call.id for call in known], batch.split(answer, known), strict=True)
@@ -173,5 +175,5 @@ class Forward:
             call.lane.kept[key] = cache.contexts(call.name, call.lane.num_steps)
         with cache.using(call.name, call.lane.kept[key]) as skipped:
             answer = run()
-        call.lane.branches_skipped += any(skipped)
+        call.skipped = call.skipped or any(skipped)
         return answer

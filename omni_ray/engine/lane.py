@@ -57,6 +57,7 @@ class Lane:
         self.device = device
         self.branch: str | None = None
         self.num_calls = 0
+        self.number = 0  # in the order of admission, which is the same on every rank
         self.step = 0
         self.num_steps = int(job.params.get("num_inference_steps", 1))
         self.steps_computed = 0

@@ -60,6 +60,8 @@ class EngineLoop:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
         self._encode = encode
+        self._has_cache = accelerators is not None and accelerators.teacache is not None
+        self._num_admitted = 0
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
         self._lockstep = lockstep or Alone()
@@ -141,6 +143,8 @@ class EngineLoop:
         """The calls to compute next, in a share for each part of the cfg axis."""
         if not calls:
             return []
+        if self._num_parts > 1 and self._has_cache:
+            return batch.share_at_home(calls, self._slack_s, self._budget, self._num_parts)
         chosen = batch.choose(calls, self._slack_s, self._budget * self._num_parts)
         return batch.share_out(chosen, calls, self._slack_s, self._num_parts)
 
@@ -160,6 +164,7 @@ class EngineLoop:
             emit = self._emits.pop(job.id, None)
             owned = (self._pipe, self._device, self._gate, self._helper_lock)
             lane = self._lanes[job.id] = Lane(job, *owned, emit, self._clock.busy, self._encode)
+            lane.number, self._num_admitted = self._num_admitted, self._num_admitted + 1
             lane.start()
         for job_id in turn.cancel:
             self._gate.cancel(job_id)

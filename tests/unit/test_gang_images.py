@@ -22,12 +22,15 @@ TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
 TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses", "ring", "cfg")]
 CACHED: list[Case] = [
-    (family, {"parallel": {axis: 2}, "cache": TEACACHE}) for family in TENSOR for axis in ("tensor", "ulysses", "ring")
+    (family, {"parallel": {axis: 2}, "cache": TEACACHE})
+    for family in TENSOR
+    for axis in ("tensor", "ulysses", "ring", "cfg")
 ]
 FOUR = [case(family, tensor=2, ulysses=2) for family in TENSOR]
 FOUR += [case(family, cfg=2, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 FOUR += [case("flux", ring=2, ulysses=2)]
 FOUR += [("wan", {"parallel": {"tensor": 2, "ulysses": 2}, "cache": TEACACHE})]
+FOUR += [(family, {"parallel": {"cfg": 2, "ulysses": 2}, "cache": TEACACHE}) for family in ("wan", "z_image")]
 
 THREE = [case(family, ring=3) for family in ("flux", "qwen_image", "wan")]
 """Neither tokens nor rows of the picture divide by the ranks."""
