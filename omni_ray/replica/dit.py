@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
+from omni_ray.replica.meters import Meters
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,6 +36,7 @@ class DitReplica:
         self._group = group
         self._router = serve.get_deployment_handle("Router", context.app_name)
         self._replica_id = context.replica_id.unique_id
+        self._meters = Meters(group)
         self._gang: Gang
         self._capabilities = await self._load(launch)
         self._report(LoadProgress(group=group.id, replica_id=self._replica_id, phase="ready"))
@@ -74,11 +76,14 @@ class DitReplica:
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """The job's events, last a Usage or a Failure; closing the stream cancels it. Unavailable if a rank dies."""
+        last: Event | None = None
         try:
-            async for event in self._gang.run(job):
-                yield event
+            async for last in self._gang.run(job):
+                yield last
         except RayActorError as error:
             raise Unavailable(f"{self._group.id} lost a rank") from error
+        finally:
+            self._meters.record(last)
 
     async def check_health(self) -> None:
         if self._watch.done():

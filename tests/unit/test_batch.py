@@ -111,3 +111,33 @@ def test_the_budget_limits_a_batch_and_the_most_urgent_goes_first() -> None:
 def test_methods_without_a_batch_axis_run_alone() -> None:
     calls = [call(torch.zeros(1, 100, 2), method="encode") for _ in range(2)]
     assert len(batch.choose(calls, lambda c: 0.0, budget=10_000)) == 1
+
+
+def test_who_shares_with_none_waits_for_none() -> None:
+    lonely = call(torch.zeros(1, 100, 2))
+    lonely.alone = True
+    assert batch.is_full([lonely], budget=10_000)
+
+
+def branch(number: int, ordinal: int, rows: int = 1) -> Call:
+    made = call(torch.zeros(rows, 4, 2))
+    made.lane.number, made.ordinal = number, ordinal
+    return made
+
+
+def test_a_branch_of_a_request_is_always_computed_by_the_same_part() -> None:
+    calls = [branch(number, ordinal) for number in range(3) for ordinal in range(2)]
+    shares = batch.share_at_home(calls, lambda c: float(calls.index(c)), budget=10_000, num=2)
+    assert shares == [[calls[0], calls[3], calls[4]], [calls[1], calls[2], calls[5]]]
+    shares = batch.share_at_home(calls[:1], lambda c: 0.0, budget=10_000, num=2)
+    assert shares == [calls[:1], []]
+    shares = batch.share_at_home(calls[2:3], lambda c: 0.0, budget=10_000, num=2)
+    assert shares == [[], calls[2:3]]
+
+
+def test_a_call_with_both_branches_is_cut_and_has_no_company() -> None:
+    both, other = branch(0, 0, rows=2), branch(1, 0)
+    assert batch.share_at_home([both, other], lambda c: float(c is other), budget=10_000, num=2) == [[both]]
+    first, second = (batch.piece(both, index, 2) for index in range(2))
+    assert first.args[0].shape == second.args[0].shape == (1, 4, 2)
+    assert (first.lane, first.id, both.args[0].shape[0]) == (both.lane, both.id, 2)

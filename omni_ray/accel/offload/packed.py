@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from omni_ray.errors import ConfigError
+
 ALIGNMENT = 512
 """Bytes. Kernels want tensors to begin at such a multiple."""
 
@@ -159,5 +161,9 @@ def _locked(num_bytes: int, device: torch.device) -> torch.Tensor:
     block = torch.empty(num_bytes, dtype=torch.uint8)
     if device.type == "cuda" and num_bytes:
         cudart: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(block.data_ptr(), num_bytes, 0)))
+        if error := int(cudart.cudaHostRegister(block.data_ptr(), num_bytes, 0)):
+            raise ConfigError(
+                f"offload: {num_bytes / 2**30:.1f} GiB of main memory could not be page-locked (CUDA error {error}); "
+                "lower cpu_offload_gb, or give the process more main memory"
+            )
     return block
