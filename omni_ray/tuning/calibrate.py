@@ -20,7 +20,7 @@ from omni_ray.accel.cache.teacache import Kept, TeaCache
 from omni_ray.accel.modules import transformers_of
 from omni_ray.config.calibration import Calibration, Curve, Expected
 from omni_ray.config.catalog import FAMILIES
-from omni_ray.config.spec import Cache, DitGroup
+from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
 from omni_ray.tuning.likeness import mean_psnr
@@ -45,8 +45,8 @@ class Trace:
 class Recording(TeaCache):
     """Skips nothing, and writes down what it sees."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.traces: dict[str, list[Trace]] = {}
         self._of: dict[int, tuple[Kept, Trace]] = {}
 
@@ -89,7 +89,8 @@ def calibrate(
     if unknown := [name for name, family in families.items() if family is None or not family.stacks]:
         raise ConfigError(f"calibrate: TeaCache does not know the family of {', '.join(unknown)}")
     stacks = {name: Stacks(transformers[name], family.stacks) for name, family in families.items() if family}
-    recording = Recording(Cache(kind="teacache"), pipe, stacks)
+    as_they_are = dict.fromkeys(stacks, Curve(coefficients=(1.0, 0.0)))
+    recording = Recording(stacks, as_they_are, threshold=0.0, max_consecutive_skips=0)
     seconds, exact, _ = run(pipe, jobs, group.batching, accelerators=Accelerators(recording))
     steps = jobs[0].params["num_inference_steps"]
     tell(f"{len(jobs)} prompts of {steps} steps recorded in {seconds:.0f} s")
@@ -133,9 +134,7 @@ def _with(
     jobs: Sequence[Job],
 ) -> tuple[list[Any], float]:
     """The images of the jobs with that threshold, and the share of steps skipped."""
-    spec = Cache(kind="teacache", threshold=threshold, max_consecutive_skips=found.max_consecutive_skips)
-    cache = TeaCache(spec, pipe, stacks)
-    cache._curves = found.curves
+    cache = TeaCache(stacks, found.curves, threshold, found.max_consecutive_skips)
     _, images, usages = run(pipe, jobs, group.batching, accelerators=Accelerators(cache))
     skipped = sum(usage.steps_skipped for usage in usages)
     return images, skipped / sum(usage.steps_skipped + usage.steps_computed for usage in usages)

@@ -112,7 +112,7 @@ class _Walk:
     def combine(self) -> None:
         """The best of each stage together; while that is too unlike, without the stage that costs the most likeness."""
         chosen = [row for stage in ("compilation", "caches", "quantization") if (row := self._best_of(stage))]
-        while chosen:
+        while len(chosen) > 1:
             levers: Levers = {}
             for row in chosen:
                 levers |= row.levers

@@ -92,8 +92,8 @@ def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeyp
     assert [usage(events[job.id]).steps_skipped for job in jobs] == [0, 0, 0]
 
 
-def test_estimates_add_up_to_the_threshold(tiny: Any) -> None:
-    cache = TeaCache(Cache(kind="teacache", threshold=0.25, coefficients=IDENTITY), tiny("flux"), {})
+def test_estimates_add_up_to_the_threshold() -> None:
+    cache = TeaCache({}, {}, threshold=0.25, max_consecutive_skips=4)
     kept = Kept(residuals=[(None,)])
     decisions = [cache._decide(Curve(coefficients=IDENTITY), kept, 0.1, end=False) for _ in range(6)]
     assert decisions == [True, True, False, True, True, False]

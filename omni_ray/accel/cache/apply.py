@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from omni_ray.accel.cache.cache_dit import CacheDit, adapt
 from omni_ray.accel.cache.stacks import Stacks
-from omni_ray.accel.cache.teacache import TeaCache
+from omni_ray.accel.cache.teacache import TeaCache, curves_of
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.config.catalog import FAMILIES
@@ -37,7 +37,7 @@ def apply_cache(
         for name, family in families.items()
         if family and family.stacks and (wants_tea or (wants_dit and shards))
     }
-    tea = TeaCache(spec, pipe, stacks, shards) if wants_tea else None
+    tea = TeaCache(stacks, *curves_of(spec, pipe), spec.max_consecutive_skips, shards) if wants_tea else None
     return tea, CacheDit(spec.cache_dit, adapters, stacks if shards else {}) if wants_dit else None
 
 

@@ -42,16 +42,23 @@ class Kept:
 class TeaCache:
     """The caches of a pipeline's transformers. What requests keep lies with them (:class:`Kept`), not here.
 
-    ``shards`` are the ranks of the sequence axes, which hold parts of the signal.
+    ``stacks`` and ``curves`` are those of each transformer; ``shards`` are the ranks of the sequence axes, which hold
+    parts of the signal.
     """
 
     def __init__(
-        self, spec: Cache, pipe: DiffusionPipeline, stacks: Mapping[str, Stacks], shards: Sequence[Ranks] = ()
+        self,
+        stacks: Mapping[str, Stacks],
+        curves: Mapping[str, Curve],
+        threshold: float,
+        max_consecutive_skips: int,
+        shards: Sequence[Ranks] = (),
     ) -> None:
-        self._spec = spec
         self._stacks = stacks
+        self._curves = curves
+        self._threshold = threshold
+        self._max_consecutive_skips = max_consecutive_skips
         self._shards = shards
-        self._curves, self._threshold = curves_of(spec, pipe)
 
     def can_skip(
         self, name: str, kept: Sequence[Kept], sizes: Sequence[int], ends: Sequence[bool], run: Run
@@ -84,7 +91,7 @@ class TeaCache:
         return [by_index.get(i) for i in range(len(now))]
 
     def _decide(self, curve: Curve, kept: Kept, distance: float | None, end: bool) -> bool:
-        if end or distance is None or not kept.residuals or kept.num_skipped >= self._spec.max_consecutive_skips:
+        if end or distance is None or not kept.residuals or kept.num_skipped >= self._max_consecutive_skips:
             return _computed(kept)
         kept.accumulated += curve(distance)
         if kept.accumulated >= self._threshold:

@@ -12,7 +12,7 @@ from omni_ray.accel.modules import is_transformer, transformers_of
 from omni_ray.accel.offload.components import Components
 from omni_ray.accel.offload.packed import num_bytes, pack
 from omni_ray.accel.offload.ring import Ring
-from omni_ray.accel.offload.transfers import Recorder
+from omni_ray.accel.offload.transfers import Recorder, Transfers
 from omni_ray.config.spec import DitOffload
 from omni_ray.errors import ConfigError
 
@@ -23,12 +23,20 @@ class Offload:
     """What the engine has to do about offloaded weights: ask for a component before it runs."""
 
     def __init__(self, components: Components, recorder: Recorder) -> None:
-        self.need = components.need
-        self.switch_s = components.switch_s
-        self.take_transfers = recorder.take
+        self._components = components
+        self._recorder = recorder
 
-    take_transfers: Any
-    """Gives the :class:`Transfers` since the last call."""
+    def need(self, name: str) -> None:
+        """Have component ``name`` on the device."""
+        self._components.need(name)
+
+    def switch_s(self, name: str) -> float:
+        """About how many seconds it takes to bring ``name``; 0 where it need not be brought."""
+        return self._components.switch_s(name)
+
+    def take_transfers(self) -> Transfers:
+        """What was copied since the last call."""
+        return self._recorder.take()
 
 
 def home(name: str, spec: DitOffload, device: torch.device) -> torch.device:
