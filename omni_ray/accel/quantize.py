@@ -36,6 +36,12 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
         if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
             raise ConfigError(f"quantization.kind {spec.kind!r}: {name} is quantized in its checkpoint; set kind: none")
         linears = {path: linear for path, linear in _linears(module) if not _matches(path, spec.skip)}
+        others = {str(linear.weight.dtype) for linear in linears.values()} - {str(torch.bfloat16)}
+        if others and spec.kind != "int8":
+            raise ConfigError(
+                f"quantization.kind {spec.kind!r} converts weights in bfloat16, but those of {name} are in "
+                f"{', '.join(sorted(others))}; set dtype: bfloat16"
+            )
         chosen = [linear for linear in linears.values() if fits(linear)]
         for linear in chosen:
             _quantize(linear, config, device)

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments, flags = parser.parse_known_args(argv)
     arguments.flags = flags
+    arguments.flags_first = bool(flags) and _comes_before(sys.argv[1:] if argv is None else argv, flags[0], arguments)
     if flags and arguments.verb != "serve":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
@@ -49,11 +50,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return status(arguments.address)
 
 
+def _comes_before(argv: Sequence[str], flag: str, arguments: argparse.Namespace) -> bool:
+    """Whether a flag of MODEL stands before MODEL itself, so that its value may have been taken for MODEL."""
+    return arguments.verb == "serve" and list(argv).index(flag) < list(argv).index(arguments.file)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     from omni_ray.cli.flags import file_of, is_file, show
     from omni_ray.config.load import load_file
     from omni_ray.errors import ConfigError
 
+    if arguments.flags_first:
+        raise ConfigError(
+            f"{arguments.flags[0]} stands before MODEL; put MODEL first, as in `omni-ray serve MODEL --flag`"
+        )
     if not is_file(arguments.file):
         file = file_of(arguments.file, arguments.flags, arguments.type)
     elif arguments.flags or arguments.type:

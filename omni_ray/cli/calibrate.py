@@ -39,18 +39,18 @@ def calibrate(arguments: argparse.Namespace) -> int:
     group = DitGroup(type="dit", name="calibrated", source=arguments.model, cache=cache)
     jobs = jobs_of(group, read_prompts(arguments.prompts), arguments)
     found, traces = measure(group, jobs, _tell, arguments.thresholds)
-    output = Path(arguments.output)
+    output = Path(arguments.output).resolve()
     output.write_text(found.model_dump_json(indent=1) + "\n")
     plot_calibration(found, traces, output.with_suffix(".png"))
-    chosen = {"threshold": 0.2} if arguments.psnr is None else {"quality": {"psnr": arguments.psnr}}
+    chosen = "threshold: 0.2"
     if arguments.psnr is not None:
         try:
             _tell(f"{arguments.psnr:g} dB: threshold {found.threshold_for(arguments.psnr):g}")
+            chosen = f"quality: {{psnr: {arguments.psnr:g}}}"
         except ConfigError as error:
             _tell(error.message)
-    words = ", ".join(f"{key}: {str(value).replace(chr(39), '')}" for key, value in chosen.items())
     _tell(f"wrote {output} and {output.with_suffix('.png')}; in the YAML:")
-    _tell(f"  cache: {{kind: teacache, calibration: {output}, {words}}}")
+    _tell(f"  cache: {{kind: teacache, calibration: {output}, {chosen}}}")
     return 0
 
 

@@ -104,22 +104,23 @@ def show(file: ServeFile) -> str:
 
 
 def _pairs(flags: Sequence[str], type_: str) -> list[tuple[str, str | None]]:
-    """Each flag and its value, None where it has none."""
+    """Each flag and its value, None where it has none; several values are one, with commas, in brackets."""
+    if flags and not flags[0].startswith("-"):
+        raise ConfigError(f"{flags[0]!r} is no flag; flags begin with --")
+    starts = [i for i, each in enumerate(flags) if _is_flag(each)]
     pairs: list[tuple[str, str | None]] = []
-    i = 0
-    while i < len(flags):
-        flag, equals, value = flags[i].partition("=")
-        i += 1
-        if not flag.startswith("-"):
-            raise ConfigError(f"{flags[i - 1]!r} is no flag; flags begin with --")
-        if equals:
-            pairs.append((flag, value))
-        elif i < len(flags) and not flags[i].startswith("--") and not _is_switch(flag, type_):
-            pairs.append((flag, flags[i]))
-            i += 1
-        else:
-            pairs.append((flag, None))
+    for start, end in zip(starts, [*starts[1:], len(flags)], strict=True):
+        flag, equals, value = flags[start].partition("=")
+        values = [*([value] if equals else []), *flags[start + 1 : end]]
+        if _is_switch(flag, type_) and not equals and values:
+            raise ConfigError(f"{values[0]!r} is no flag; flags begin with --")
+        text = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+        pairs.append((flag, text if values else None))
     return pairs
+
+
+def _is_flag(text: str) -> bool:
+    return text.startswith("-") and not text[1:2].isdigit()
 
 
 def _is_switch(flag: str, type_: str) -> bool:
@@ -130,7 +131,10 @@ def _set(asked: dict[str, Any], name: str, value: str | None, type_: str) -> Non
     flag = next((each for each in FLAGS if name in each.names and type_ in each.types), None)
     if flag is None:
         if type_ == "ar":
-            asked.setdefault("engine_args", {})[name.lstrip("-").replace("-", "_")] = _plain(value)
+            key, is_off = name.lstrip("-").replace("-", "_"), value is None and name.startswith("--no-")
+            asked.setdefault("engine_args", {})[key.removeprefix("no_") if is_off else key] = (
+                False if is_off else _plain(value)
+            )
             return
         known = sorted(each for flag in FLAGS if type_ in flag.types for each in flag.names)
         raise ConfigError(f"{name} is no flag of a {type_} model; {hint(name, known)}")

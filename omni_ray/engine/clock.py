@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from omni_ray.accel.offload import Transfers
 from omni_ray.engine.gate import Call
+
+if TYPE_CHECKING:
+    from omni_ray.engine.lane import Lane
 
 MAX_IN_FLIGHT = 2
 SMOOTHING = 0.3
@@ -25,10 +29,21 @@ SMOOTHING = 0.3
 
 @dataclass
 class _Pending:
-    calls: list[Call]
+    """A forward on the device: who is charged, and not their calls, which hold tensors."""
+
+    name: str
+    shares: list[tuple[Lane, int]]
     start: torch.cuda.Event
     end: torch.cuda.Event
     transfers: Transfers | None = None
+
+    def has_ended(self) -> bool:
+        return bool(self.end.query()) and (self.transfers is None or self.transfers.have_ended())
+
+    def wait(self) -> None:
+        self.end.synchronize()
+        if self.transfers is not None:
+            self.transfers.wait()
 
 
 class DeviceClock:
@@ -51,42 +66,47 @@ class DeviceClock:
     def busy(self) -> bool:
         """Whether the device still computes a forward. Charges for those that have ended; any thread may call it."""
         with self._lock:
-            while self._pending and self._pending[0].end.query():
-                self._read(self._pending.popleft())
+            while self._pending and self._pending[0].has_ended():
+                ended = self._pending.popleft()
+                self._charge(ended.name, ended.shares, ended.start.elapsed_time(ended.end) / 1000, ended.transfers)
             return bool(self._pending)
 
     @contextmanager
     def measure(self, calls: list[Call]) -> Iterator[None]:
         """Time what runs inside, and keep at most MAX_IN_FLIGHT forwards on the device."""
+        name, shares = calls[0].name, [(call.lane, call.tokens) for call in calls]
         if not self._cuda:
             start = time.perf_counter()
             yield
-            self._charge(calls, time.perf_counter() - start, self._take_transfers())
+            self._charge(name, shares, time.perf_counter() - start, self._take_transfers())
             return
-        while self.busy() and len(self._pending) >= MAX_IN_FLIGHT:
-            self._pending[0].end.synchronize()
+        while self.busy() and (oldest := self._oldest()):
+            oldest.wait()
         torch.cuda.reset_peak_memory_stats()
-        pending = _Pending(calls, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        pending = _Pending(name, shares, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         pending.start.record()
         yield
         pending.end.record()
         pending.transfers = self._take_transfers()
         peak = torch.cuda.max_memory_allocated()
-        for call in calls:
-            call.lane.peak_memory_bytes = max(call.lane.peak_memory_bytes, peak)
-        self._pending.append(pending)
+        for lane, _ in shares:
+            lane.peak_memory_bytes = max(lane.peak_memory_bytes, peak)
+        with self._lock:
+            self._pending.append(pending)
 
-    def _read(self, pending: _Pending) -> None:
-        self._charge(pending.calls, pending.start.elapsed_time(pending.end) / 1000, pending.transfers)
+    def _oldest(self) -> _Pending | None:
+        """The forward that a new one has to wait for."""
+        with self._lock:
+            return self._pending[0] if len(self._pending) >= MAX_IN_FLIGHT else None
 
-    def _charge(self, calls: list[Call], seconds: float, transfers: Transfers | None) -> None:
-        tokens = sum(call.tokens for call in calls)
+    def _charge(self, name: str, shares: list[tuple[Lane, int]], seconds: float, transfers: Transfers | None) -> None:
+        tokens = sum(each for _, each in shares)
         hidden_s, paid_s = transfers.seconds() if transfers else (0.0, 0.0)
-        for call in calls:
-            share = call.tokens / tokens
-            call.lane.device_s += seconds * share
-            call.lane.offload_hidden_s += hidden_s * share
-            call.lane.offload_paid_s += paid_s * share
-        name, measured = calls[0].name, seconds / tokens
+        for lane, each in shares:
+            share = each / tokens
+            lane.device_s += seconds * share
+            lane.offload_hidden_s += hidden_s * share
+            lane.offload_paid_s += paid_s * share
+        measured = seconds / tokens
         before = self._seconds_per_token.get(name, measured)
         self._seconds_per_token[name] = before + SMOOTHING * (measured - before)

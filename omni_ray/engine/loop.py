@@ -118,6 +118,7 @@ class EngineLoop:
             self.execute(turn)
             stop = turn.stop
             if not turn and self._lockstep.leads:
+                self._clock.busy()
                 self._gate.wait(self._has_news, timeout_s=0.05)
 
     def decide(self) -> Turn:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
 from omni_ray.plan.checkpoint import read_checkpoint
 from omni_ray.plan.inventory import Inventory
 from omni_ray.plan.placement import place
 from omni_ray.plan.plan import need_of
+
+logger = logging.getLogger(__name__)
 
 
 def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | None:
@@ -20,4 +24,6 @@ def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | Non
         need = need_of(group, read_checkpoint(source), node, place(group, has_gpus=True))
     except (ConfigError, KeyError, TypeError, ValueError):
         return None
+    if need.largest and not need.safe_pixels:
+        logger.warning("%s: limits allow %s, which does not fit; lower limits.max_frames", group.id, need.largest)
     return need.safe_pixels or None if need.largest else None

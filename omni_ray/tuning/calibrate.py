@@ -49,10 +49,12 @@ class Recording(TeaCache):
         super().__init__(*args, **options)
         self.traces: dict[str, list[Trace]] = {}
         self._of: dict[int, tuple[Kept, Trace]] = {}
+        self._ended: list[Kept] = []
 
     def _decide(self, curve: Curve, kept: Kept, distance: float | None, end: bool) -> bool:
         if id(kept) in self._of and distance is not None:
             self._of[id(kept)][1].distances.append(distance)
+            self._ended = [*self._ended, kept] if end else self._ended
         return False
 
     def compute(self, name: str, kept: Sequence[Kept], sizes: Sequence[int], run: Callable[[], Any]) -> Any:
@@ -64,6 +66,9 @@ class Recording(TeaCache):
                 self.traces.setdefault(name, []).append(self._of[id(each)][1])
             elif old:
                 self._of[id(each)][1].changes.append(_change(old, each.residuals))
+        for each in self._ended:  # their tensors are needed no more
+            each.signal, each.residuals = None, []
+        self._ended = []
         return answer
 
 
@@ -93,6 +98,8 @@ def calibrate(
     recording = Recording(stacks, as_they_are, threshold=0.0, max_consecutive_skips=0)
     seconds, exact, _ = run(pipe, jobs, group.batching, accelerators=Accelerators(recording))
     steps = jobs[0].params["num_inference_steps"]
+    if short := [name for name, each in recording.traces.items() if not any(trace.changes for trace in each)]:
+        raise ConfigError(f"calibrate: {steps} steps give {', '.join(short)} no two to compare; take more")
     tell(f"{len(jobs)} prompts of {steps} steps recorded in {seconds:.0f} s")
     curves = {name: fit(traces) for name, traces in recording.traces.items()}
     for name, curve in curves.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from omni_ray.accel.apply import Accelerators, accelerate
 from omni_ray.config.spec import DitGroup
@@ -35,6 +38,9 @@ def measure(group: DitGroup, levers: Levers, jobs: Sequence[Job]) -> Measured:
 
     Raises ConfigError (or a validation error) where the model or the machine cannot do it.
     """
+    gc.collect()  # the model before is in cycles with its hooks
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     changed = DitGroup.model_validate(group.model_dump(exclude_unset=True) | levers)
     pipe, accelerators = in_a_thread(_prepare, changed)
     run(pipe, jobs[:NUM_WARM_UPS], changed.batching, accelerators=accelerators)

@@ -14,6 +14,7 @@ import torch
 from omni_ray.accel.loader import load_pipeline, resolve
 from omni_ray.config.spec import Batching, DitGroup
 from omni_ray.engine.loop import EngineLoop
+from omni_ray.errors import EngineFailed
 from omni_ray.messages import Failure, Job, Usage
 from omni_ray.sources import resolve_source
 
@@ -61,13 +62,23 @@ def run(
     usages: dict[str, Usage] = {}
     try:
         for _ in jobs:
-            if isinstance(event := ended.get(), Failure):
+            event = _next(ended, loop)
+            if isinstance(event, Failure):
                 raise event.error
             usages[event.job_id] = event
         seconds = time.perf_counter() - start
     finally:
         loop.stop()
     return seconds, [made[job.id] for job in jobs], [usages[job.id] for job in jobs]
+
+
+def _next(ended: queue.SimpleQueue[Usage | Failure], loop: EngineLoop) -> Usage | Failure:
+    while True:
+        try:
+            return ended.get(timeout=5)
+        except queue.Empty:
+            if not loop.alive():
+                raise EngineFailed("the engine loop has ended; the error is above") from None
 
 
 def _pixels(output: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from omni_ray.config.spec import DitGroup
-from omni_ray.errors import ConfigError
+from omni_ray.errors import ConfigError, EngineFailed, OmniRayError
 from omni_ray.messages import Job
 from omni_ray.tuning.calibrate import calibrate
 from omni_ray.tuning.likeness import mean_psnr, ssim
@@ -62,7 +62,10 @@ def tune(group: DitGroup, jobs: Sequence[Job], floor_psnr: float, folder: Path, 
     """Measure every lever alone, then those that pay together. Writes the calibration to ``folder``."""
     tuning = Tuning(group, floor_psnr, [str(job.params["prompt"]) for job in jobs])
     walk = _Walk(tuning, jobs, tell)
-    measure(group, BASELINE, jobs)  # the first run of a process is slower than all others
+    try:
+        measure(group, BASELINE, jobs)  # the first run of a process is slower than all others
+    except (torch.OutOfMemoryError, EngineFailed) as error:
+        raise ConfigError(f"tune: the baseline, with all weights on the device, does not run: {error}") from error
     walk.add("baseline", "none", {})
     for name, levers in _kernels():
         walk.add("compilation", name, levers)
@@ -85,29 +88,30 @@ class _Walk:
 
     def add(self, stage: str, name: str, levers: Levers) -> Row:
         """Measure one setting; what the model or the machine cannot do is a row too."""
-        try:
-            measured = measure(self._tuning.group, BASELINE | levers, self._jobs)
-        except (ConfigError, ValidationError) as error:
-            row = Row(stage, name, levers, refused=str(getattr(error, "message", error)).splitlines()[0])
-            self._tell(f"{stage:>13}  {name:<34} refused: {row.refused}")
+        measured = self._measure(levers)
+        if isinstance(measured, str):
+            row = Row(stage, name, levers, refused=measured)
+            self._tell(f"{stage:>13}  {name:<34} refused: {measured}")
         else:
             exact = self._tuning.rows[0].measured if self._tuning.rows else measured
             assert exact is not None
-            row = Row(
-                stage,
-                name,
-                levers,
-                measured,
-                exact.seconds / measured.seconds,
-                mean_psnr(exact.images, measured.images),
-                ssim(exact.images, measured.images),
-            )
+            likeness = mean_psnr(exact.images, measured.images), ssim(exact.images, measured.images)
+            row = Row(stage, name, levers, measured, exact.seconds / measured.seconds, *likeness)
             self._tell(
                 f"{stage:>13}  {name:<34} {measured.seconds / len(self._jobs):7.2f} s an image, x{row.speed_up:.2f}, "
                 f"{row.psnr:5.1f} dB, {measured.skipped:4.0%} of the steps skipped"
             )
         self._tuning.rows.append(row)
         return row
+
+    def _measure(self, levers: Levers) -> Measured | str:
+        """What was measured, or why it could not be; out of memory does not end the walk either."""
+        try:
+            return measure(self._tuning.group, BASELINE | levers, self._jobs)
+        except ValidationError as error:
+            return str(error.errors()[0]["msg"])
+        except (OmniRayError, RuntimeError, AssertionError) as error:
+            return (str(getattr(error, "message", error)).strip() or type(error).__name__).splitlines()[0]
 
     def combine(self) -> None:
         """The best of each stage together; while that is too unlike, without the stage that costs the most likeness."""

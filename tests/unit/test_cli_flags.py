@@ -101,3 +101,14 @@ def test_flags_do_not_go_with_a_file(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended:
         main(["serve", "deployments/omni.yaml", "--enable-teacache"])
     assert "is a file, which says all of its models; flags are for a MODEL" in str(ended.value.code)
+
+
+def test_flags_before_the_model_are_refused() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--tensor-parallel-size", "2", QWEN_IMAGE])
+    assert "--tensor-parallel-size stands before MODEL; put MODEL first" in str(ended.value.code)
+
+
+def test_values_of_vllms_flags() -> None:
+    made = group("Qwen/Qwen3-8B", "--no-enable-prefix-caching", "--cudagraph-capture-sizes", "1", "2", "--seed", "-1")
+    assert made.engine_args == {"enable_prefix_caching": False, "cudagraph_capture_sizes": [1, 2], "seed": -1}

@@ -37,7 +37,7 @@ def apply_cache(
         for name, family in families.items()
         if family and family.stacks and (wants_tea or (wants_dit and shards))
     }
-    tea = TeaCache(stacks, *curves_of(spec, pipe), spec.max_consecutive_skips, shards) if wants_tea else None
+    tea = TeaCache(stacks, *curves_of(spec, pipe), shards) if wants_tea else None
     return tea, CacheDit(spec.cache_dit, adapters, stacks if shards else {}) if wants_dit else None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from omni_ray.accel.cache.stacks import Stacks
@@ -76,12 +76,13 @@ class CacheDit:
         """Put ``contexts`` in place. Afterwards the list says whether the forward was answered from them."""
         skipped: list[bool] = []
         before = _executed(contexts)
-        self._managers[name]._cached_context_manager = contexts
-        if name in self._stacks:
-            with self._stacks[name].entered():
+        manager = self._managers[name]
+        manager._cached_context_manager = contexts
+        try:
+            with self._stacks[name].entered() if name in self._stacks else nullcontext():
                 yield skipped
-        else:
-            yield skipped
+        finally:  # lest it keeps the tensors of a request that has ended
+            manager._cached_context_manager, manager._current_context = {}, None
         if _executed(contexts) != before:
             skipped.append(all(each.get_current_step() in each.cached_steps for each in contexts.values()))
 

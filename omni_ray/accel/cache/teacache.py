@@ -120,15 +120,19 @@ def _rows(x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     return [x] if len(sizes) == 1 else [row.clone() for row in x.split(list(sizes))]
 
 
-def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], float]:
-    """The curve of each transformer, and the threshold. Raises ConfigError where the calibration is another model's."""
+def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], float, int]:
+    """The curve of each transformer, the threshold, and the steps in a row that may be skipped.
+
+    Raises ConfigError where the calibration is another model's, or its quality was measured with more or fewer skips.
+    """
     transformers = transformers_of(pipe)
     if spec.calibration is None:
         chosen = {
             name: spec.coefficients or FAMILIES[type(transformer).__name__].teacache_coefficients
             for name, transformer in transformers.items()
         }
-        return {name: Curve(coefficients=tuple(each)) for name, each in chosen.items()}, spec.threshold
+        curves = {name: Curve(coefficients=tuple(each)) for name, each in chosen.items()}
+        return curves, spec.threshold, spec.max_consecutive_skips
     calibration = read_calibration(spec.calibration)
     if calibration.pipeline != type(pipe).__name__ or calibration.curves.keys() != transformers.keys():
         raise ConfigError(
@@ -136,8 +140,16 @@ def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], f
             f"{', '.join(calibration.curves)}, but this is a {type(pipe).__name__} with {', '.join(transformers)}; "
             "calibrate this one"
         )
+    skips = calibration.max_consecutive_skips
+    if "max_consecutive_skips" in spec.model_fields_set and spec.max_consecutive_skips != skips:
+        if spec.quality is not None:
+            raise ConfigError(
+                f"cache.max_consecutive_skips: {spec.max_consecutive_skips}, but the calibration measured the quality "
+                f"with {skips}; leave it out"
+            )
+        skips = spec.max_consecutive_skips
     threshold = spec.threshold if spec.quality is None else calibration.threshold_for(spec.quality.psnr)
-    return calibration.curves, threshold
+    return calibration.curves, threshold, skips
 
 
 def _computed(kept: Kept) -> bool:

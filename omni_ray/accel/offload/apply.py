@@ -89,25 +89,25 @@ def _stream(transformers: dict[str, Any], spec: DitOffload, device: torch.device
     """Let blocks of every transformer stream, about ``cpu_offload_gb`` of them all; the rest goes to the device."""
     share = spec.cpu_offload_gb * GIB / len(transformers)
     for name, transformer in transformers.items():
-        blocks = list(_blocks(transformer))
-        if len(blocks) < 2:
+        blocks = list(_streamable(transformer))
+        if not blocks:
             raise ConfigError(
                 f"offload.kind layerwise: {name} ({type(transformer).__name__}) has no list of blocks to stream; "
                 "set kind: model"
             )
-        streamed = _spread(blocks[1:], share)
+        streamed = _spread(blocks, share)
         packed = [(block, pack([block], device, max_bytes=2**62)[0]) for block in streamed]
         held = {id(weight) for block in streamed for weight in (*block.parameters(), *block.buffers())}
         _move_rest(transformer, held, device)
         Ring(packed, device, recorder)
 
 
-def _blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The items of the transformer's lists of blocks, in their order. The first one is never streamed: a cache looks
-    into it at every step, and the others may be skipped."""
+def _streamable(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The items of the transformer's lists of blocks, in their order, but for the first of each: a cache looks into
+    that at every step, and the others may be skipped."""
     for child in transformer.children():
-        if isinstance(child, torch.nn.ModuleList) and len(child) > 1:
-            yield from child
+        if isinstance(child, torch.nn.ModuleList):
+            yield from list(child)[1:]
 
 
 def _spread(blocks: list[torch.nn.Module], max_bytes: float) -> list[torch.nn.Module]:

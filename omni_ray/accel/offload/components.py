@@ -27,10 +27,14 @@ class Components:
             return
         self.evict()
         num_bytes = sum(each.num_bytes for each in self._packed[name])
-        with self._recorder.copy(num_bytes, hidden=False):
-            for each in self._packed[name]:
-                each.bring()
         self.resident = name
+        try:
+            with self._recorder.copy(num_bytes, hidden=False):
+                for each in self._packed[name]:
+                    each.bring()
+        except BaseException:
+            self.evict()  # what has come of it already
+            raise
 
     def evict(self) -> None:
         """Free the device of the component that is there."""

@@ -5,6 +5,8 @@ The host's copy is the master: it is made once, page-locked where there is a GPU
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +60,8 @@ class Packed:
             self._plain.append(_Plain(start, end - start, source.dtype, tuple(source.shape), source.stride()))
         self.num_bytes = end
         self._host = _locked(end, device)
+        if device.type == "cuda" and end:
+            weakref.finalize(self, _unlock, self._host.data_ptr()).atexit = False
         for plain, source in zip(self._plain, sources, strict=True):
             plain.view(self._host).copy_(source)
         self._masters = self.weights_in(self._host)
@@ -158,12 +162,21 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _locked(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A block of host memory; page-locked for a GPU, which torch's own allocator would round up to a power of two."""
-    block = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda" and num_bytes:
-        cudart: Any = torch.cuda.cudart()
-        if error := int(cudart.cudaHostRegister(block.data_ptr(), num_bytes, 0)):
-            raise ConfigError(
-                f"offload: {num_bytes / 2**30:.1f} GiB of main memory could not be page-locked (CUDA error {error}); "
-                "lower cpu_offload_gb, or give the process more main memory"
-            )
-    return block
+    if device.type != "cuda" or not num_bytes:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    # Whole pages, lest two blocks share one, which can be locked once.
+    whole = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = torch.empty(whole + mmap.PAGESIZE, dtype=torch.uint8)
+    first = -room.data_ptr() % mmap.PAGESIZE
+    cudart: Any = torch.cuda.cudart()
+    if error := int(cudart.cudaHostRegister(room.data_ptr() + first, whole, 0)):
+        raise ConfigError(
+            f"offload: {num_bytes / 2**30:.1f} GiB of main memory could not be page-locked (CUDA error {error}); "
+            "lower cpu_offload_gb, or give the process more main memory"
+        )
+    return room[first : first + num_bytes]
+
+
+def _unlock(address: int) -> None:
+    cudart: Any = torch.cuda.cudart()
+    cudart.cudaHostUnregister(address)

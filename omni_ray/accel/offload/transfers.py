@@ -21,6 +21,15 @@ class Transfers:
     host_s: float = 0.0
     num_bytes: int = 0
 
+    def have_ended(self) -> bool:
+        """Whether the seconds are known: a copy for the next forward may outlast this one."""
+        return all(end.query() for _, end in (*self.copies, *self.waits))
+
+    def wait(self) -> None:
+        """Until they have ended."""
+        for _, end in (*self.copies, *self.waits):
+            end.synchronize()
+
     def seconds(self) -> tuple[float, float]:
         """Seconds of copying that computation hid, and those that it waited for."""
         copied, waited = _sum(self.copies) + self.host_s, _sum(self.waits) + self.host_s
