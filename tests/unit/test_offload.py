@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.cache.apply import apply_cache
@@ -22,16 +21,9 @@ from omni_ray.config.spec import Batching, Cache, DitOffload
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
 from tests.lanes import run_lanes, usage
-from tests.ranks import jobs_of
+from tests.ranks import CPU, jobs_of, load
 
-CPU = torch.device("cpu")
 KINDS = ("model", "layerwise", "sequential")
-
-
-def load(folder: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def serve(pipe: Any, offload: Offload | None, family: str, monkeypatch: pytest.MonkeyPatch, cache: Any = None) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.offload import apply_offload
@@ -18,15 +16,7 @@ from omni_ray.config.spec import Batching, DitGroup, DitOffload, DitQuantization
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
 from tests.lanes import run_lanes
-from tests.ranks import jobs_of
-
-CPU = torch.device("cpu")
-
-
-def load(folder: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from tests.ranks import CPU, jobs_of, load
 
 
 def quantized(module: torch.nn.Module) -> list[str]:
