@@ -84,6 +84,9 @@ class Family:
     teacache_coefficients: tuple[float, ...] = (1.0, 0.0)
     """The polynomial that TeaCache rescales its distance by, highest power first; as it is where none is known."""
 
+    has_cache_dit: bool = True
+    """Whether the cache-dit library has an adapter for it."""
+
     @property
     def axes(self) -> tuple[Axis, ...]:
         sequence: tuple[Axis, ...] = ("ulysses", "ring") if self.sequence else ()
@@ -204,6 +207,7 @@ SD3 = Family(
         divide_heads=("transformer_blocks.*.attn", "transformer_blocks.*.attn2?"),
     ),
     stacks={"transformer_blocks": TEXT_IMAGE},
+    has_cache_dit=False,
 )
 
 WAN = Family(

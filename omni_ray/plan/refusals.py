@@ -62,7 +62,23 @@ def group_refusals(index: int, group: ArGroup | DitGroup, checkpoint: Checkpoint
         if part.library == "diffusers" and "Transformer" in part.cls:
             messages += catalog.refusals(part.cls, _with_heads(part), group.parallel)
     unique = dict.fromkeys(message.removeprefix("parallel: ") for message in messages)
-    return [Refusal(index, "parallel", message, is_final=True) for message in unique]
+    found = [Refusal(index, "parallel", message, is_final=True) for message in unique]
+    return [*found, *(Refusal(index, key, message, is_final=True) for key, message in _levers(group, checkpoint))]
+
+
+def _levers(group: DitGroup, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Caches that do not know the transformers, and components that are not there: key and message."""
+    names = {part.name for part in checkpoint.components}
+    if unknown := sorted(set(group.quantization.components or ()) - names):
+        has = ", ".join(sorted(names))
+        yield "quantization.components", f"{checkpoint.pipeline} has no {', '.join(unknown)}; choose from {has}"
+    for cls in dict.fromkeys(part.cls for part in checkpoint.components if "Transformer" in part.cls):
+        family = catalog.FAMILIES.get(cls)
+        if group.cache.kind in ("teacache", "both") and not (family and family.stacks):
+            known = ", ".join(sorted(name for name, each in catalog.FAMILIES.items() if each.stacks))
+            yield "cache.kind", f"TeaCache does not know {cls}, but {known}; set kind: cache_dit or none"
+        if group.cache.kind in ("cache_dit", "both") and family and not family.has_cache_dit:
+            yield "cache.kind", f"cache-dit has no adapter for {cls}; set kind: teacache or none"
 
 
 def _with_heads(part: Component) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from omni_ray.plan.fit import safe_pixels
 from omni_ray.plan.fixes import find_fixes
 from omni_ray.plan.inventory import parse_inventory
 from omni_ray.plan.plan import Need, make_plan
+from omni_ray.plan.refusals import refusals
 
 QWEN = "Qwen/Qwen-Image"
 WAN = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -90,3 +91,25 @@ def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
     assert quantized
     assert quantized > small
     assert safe_pixels(DitGroup(type="dit", name="m", source="x"), "/nowhere", parse_inventory(["1xH100-80G"])) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "blocks", "message"),
+    [
+        (
+            "stabilityai/stable-diffusion-3.5-large",
+            {"cache": {"kind": "cache_dit"}},
+            "no adapter for SD3",
+        ),
+        (
+            QWEN,
+            {"quantization": {"kind": "int8", "components": ["text_encodr"]}},
+            "has no text_encodr",
+        ),
+        ("tencent/HunyuanImage-3.0", {"cache": {"kind": "teacache"}}, "set type: ar"),
+    ],
+)
+def test_levers_that_cannot_work_are_refused(source: str, blocks: dict[str, Any], message: str) -> None:
+    model = {"name": "m", "type": "dit", "source": source, **blocks}
+    found = refusals(OmniSpec.model_validate({"models": [model]}))
+    assert message in "\n".join(map(str, found))
