@@ -241,7 +241,9 @@ def test_tensor_parallel_parts(device: torch.device, family: str, checkpoint: An
         apply_parallel(each, parallel, mesh)
     assert all(each.device.type == "meta" for each in empty.values())
     seen: list[tuple[int, int, str]] = []
-    loader.read_parts(pipe, folder, dtype, device, lambda *progress: seen.append(progress), Ranks.of(mesh, "tensor"))
+    group = DitGroup(type="dit", name="m", source="x", parallel=parallel)
+    ranks = Ranks.of(mesh, "tensor")
+    loader.read_parts(pipe, folder, dtype, device, group, lambda *progress: seen.append(progress), ranks)
     for name, transformer in transformers_of(wanted).items():
         assert_same(transformers_of(pipe)[name], transformer, device)
     assert {name for _, _, name in seen} == set(names)
