@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import accelerate
@@ -159,7 +160,7 @@ def run_ranks(size: int, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[s
             for rank in ranks:
                 rank.kill()
         del store
-        assert codes == [0] * size
+        assert codes == [0] * size, f"the ranks ended with {codes}"
         return list(json.loads(results.read_text()))
 
 
@@ -173,6 +174,9 @@ def main() -> None:
     ]
     if index == "0":
         Path(results).write_text(json.dumps(rows))
+    if size != "1":  # its threads may not outlast the interpreter
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
