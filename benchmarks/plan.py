@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from omni_ray.accel.apply import accelerate
+from omni_ray.accel.offload.packed import num_bytes
 from omni_ray.config.spec import DitGroup, OmniSpec
 from omni_ray.plan.inventory import local_inventory
 from omni_ray.plan.plan import Need, make_plan
@@ -55,7 +56,7 @@ def _measure(group: DitGroup, need: Need) -> None:
     pipe = load(group)
     accelerate(pipe, group, device)
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    measured = {name: _num_bytes(part) / GIB for name, part in modules.items()}
+    measured = {name: num_bytes([part]) / GIB for name, part in modules.items()}
     _run(pipe, need, 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -84,10 +85,6 @@ def _run(pipe: Any, need: Need, steps: int) -> None:
     pipe("a fox", num_inference_steps=steps, **{name: value for name, value in asked.items() if name in takes})
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in [*module.parameters(), *module.buffers()])
 
 
 def _row(name: str, planned: float, measured: float) -> None:

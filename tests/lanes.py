@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from omni_ray.engine import lane
@@ -44,3 +46,16 @@ def usage(events: list[Event]) -> Usage:
     last = events[-1]
     assert isinstance(last, Usage)
     return last
+
+
+def assert_skips_as_alone(serve: Callable[[list[Job]], Any], jobs: list[Job]) -> None:
+    """``serve`` gives images and events: side by side each job has the image and the skipped steps that it has alone,
+    and some step is skipped."""
+    together, events = serve(jobs)
+    skipped = 0
+    for job in jobs:
+        alone, own = serve([job])
+        assert np.abs(together[job.id] - alone[job.id]).max() < 1e-4
+        assert usage(own[job.id]).steps_skipped == usage(events[job.id]).steps_skipped
+        skipped += usage(own[job.id]).steps_skipped
+    assert skipped > 0

@@ -13,7 +13,7 @@ from omni_ray.config.spec import Batching, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
-from tests.lanes import run_lanes, usage
+from tests.lanes import assert_skips_as_alone, run_lanes, usage
 from tests.ranks import CPU, jobs_of, load
 
 FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "wan")
@@ -44,14 +44,7 @@ def test_lanes_side_by_side_skip_as_they_do_alone(
     family: str, kind: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, jobs = cached(tiny_folder(family), kind), jobs_of(family)[:5]
-    together, events = serve(made, jobs, monkeypatch)
-    skipped = 0
-    for job in jobs:
-        alone, own = serve(made, [job], monkeypatch)
-        assert np.abs(together[job.id] - alone[job.id]).max() < 1e-4
-        assert usage(own[job.id]).steps_skipped == usage(events[job.id]).steps_skipped
-        skipped += usage(own[job.id]).steps_skipped
-    assert skipped > 0
+    assert_skips_as_alone(lambda some: serve(made, some, monkeypatch), jobs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,7 +21,7 @@ from omni_ray.config.spec import Batching, Cache
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Event, Job, StepEvent
-from tests.lanes import run_lanes, usage
+from tests.lanes import assert_skips_as_alone, run_lanes, usage
 from tests.ranks import jobs_of
 
 FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
@@ -47,14 +47,7 @@ def serve(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lanes_side_by_side_skip_as_they_do_alone(family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, jobs = tiny(family), jobs_of(family)[:5]
-    together, events = serve(pipe, jobs, 1e9, monkeypatch)
-    skipped = 0
-    for job in jobs:
-        alone, own = serve(pipe, [job], 1e9, monkeypatch)
-        assert np.abs(together[job.id] - alone[job.id]).max() < 1e-4
-        assert usage(own[job.id]).steps_skipped == usage(events[job.id]).steps_skipped
-        skipped += usage(own[job.id]).steps_skipped
-    assert skipped > 0
+    assert_skips_as_alone(lambda some: serve(pipe, some, 1e9, monkeypatch), jobs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -39,10 +39,6 @@ class Ring:
         for i, (module, _) in enumerate(blocks):
             hooks.register(module, HOOK, _Need(self, i))
 
-    @property
-    def num_device_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
-
     def need(self, index: int) -> None:
         """Have block ``index`` on the device for what is queued next, and start to copy the one after it."""
         if index not in self._holds:
