@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from omni_ray.plan.plan import counted
@@ -17,6 +18,9 @@ from omni_ray.plan.plan import counted
 BLOCK_BYTES = 16 * 2**20
 COPY_BYTES = 2**30
 NUM_COPIES = 4
+REGISTERED_BYTES = 256 * 2**20
+REGISTER_READ_ONLY = 8
+"""cudaHostRegisterReadOnly."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,38 @@ def copy_to_device(*, pinned: bool) -> Callable[[Sequence[Path], torch.device], 
     return measure
 
 
+def register_mapped(num_threads: int) -> Callable[[Sequence[Path], torch.device], float | None]:
+    """Map the files, pin their pages of the page cache piece by piece, and copy those to the GPU."""
+
+    def measure(paths: Sequence[Path], device: torch.device) -> float | None:
+        if device.type != "cuda":
+            return None
+        cudart = torch.cuda.cudart()
+
+        def work(path: Path) -> int | None:
+            with path.open("rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            pages = torch.from_numpy(np.frombuffer(mapped, np.uint8))
+            target = torch.empty(REGISTERED_BYTES, dtype=torch.uint8, device=device)
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                for piece in pages.split(REGISTERED_BYTES):
+                    if cudart.cudaHostRegister(piece.data_ptr(), piece.nbytes, REGISTER_READ_ONLY) != 0:
+                        return None
+                    target[: piece.nbytes].copy_(piece, non_blocking=True)
+                    torch.cuda.current_stream(device).synchronize()
+                    cudart.cudaHostUnregister(piece.data_ptr())
+            return pages.nbytes
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(num_threads) as pool:
+            done = list(pool.map(work, paths))
+        if None in done:
+            return None
+        return sum(filter(None, done)) / (time.perf_counter() - start) / 1e9
+
+    return measure
+
+
 def pin(paths: Sequence[Path], device: torch.device) -> float | None:
     """Pin main memory that is not pinned yet."""
     if device.type != "cuda":
@@ -134,6 +170,7 @@ LIMITS: dict[str, Limit] = {
     **{f"limit: copy in memory, {counted(n, 'thread')}": Limit(copy_memory(n)) for n in (1, 8)},
     "limit: pinned memory to the GPU": Limit(copy_to_device(pinned=True)),
     "limit: other memory to the GPU": Limit(copy_to_device(pinned=False)),
+    "limit: mapped files, pinned and copied to the GPU": Limit(register_mapped(8), reads=True),
     "limit: pin memory": Limit(pin),
     "limit: allocate on the GPU, 32 MiB each": Limit(allocate(32 * 2**20)),
     "limit: allocate on the GPU at once": Limit(allocate(8 * COPY_BYTES)),
