@@ -20,6 +20,7 @@ class Job:
     ``params`` holds keyword arguments of the diffusers pipeline's ``__call__`` by their own names (``prompt``,
     ``height``, ``num_inference_steps``, ``guidance_scale``, ...). ``images`` are encoded input images (PNG, JPEG, ...)
     for image-to-image and image-to-video pipelines. ``seed`` None means a random one, which the reply tells.
+    ``num_previews`` are spread over the steps. ``resume`` is what a :class:`Snapshot` of this job held.
     """
 
     id: str
@@ -31,6 +32,8 @@ class Job:
     images: tuple[bytes, ...] = ()
     format: MediaFormat = "png"
     compression: int = 100
+    num_previews: int = 0
+    resume: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,25 @@ class Media:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What the output looks like after ``step``: an image of the first output, of a video its first frame."""
+
+    job_id: str
+    index: int
+    step: int
+    media: Media
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What another rank needs to go on with the job after ``step`` (``Job.resume``)."""
+
+    job_id: str
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What the finished job cost.
 
@@ -99,7 +121,7 @@ class Failure:
     error: OmniRayError
 
 
-Event = Queued | StepEvent | Media | Usage | Failure
+Event = Queued | StepEvent | Preview | Snapshot | Media | Usage | Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

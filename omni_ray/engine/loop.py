@@ -61,6 +61,8 @@ class EngineLoop:
         self._device = device or torch.device(pipe.device)
         self._encode = encode
         self._has_cache = accelerators is not None and accelerators.teacache is not None
+        # What a cache keeps of a request is in no snapshot, and without it the image would be another one.
+        self._has_memory = self._has_cache or (accelerators is not None and accelerators.cache_dit is not None)
         self._num_admitted = 0
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
@@ -164,7 +166,8 @@ class EngineLoop:
         for job in turn.admit:
             emit = self._emits.pop(job.id, None)
             owned = (self._pipe, self._device, self._gate, self._helper_lock)
-            lane = self._lanes[job.id] = Lane(job, *owned, emit, self._clock.busy, self._encode)
+            lane = Lane(job, *owned, emit, self._clock.busy, self._encode, keeps_snapshots=not self._has_memory)
+            self._lanes[job.id] = lane
             lane.number, self._num_admitted = self._num_admitted, self._num_admitted + 1
             lane.start()
         for job_id in turn.cancel:

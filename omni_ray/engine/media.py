@@ -16,6 +16,10 @@ FPS = 16
 """Frames per second of an encoded video where the request does not say (Wan's native rate)."""
 
 
+PREVIEW_QUALITY = 80
+"""Of a preview in JPEG or WebP, in percent, at most."""
+
+
 def decode_image(data: bytes) -> Image.Image:
     """An RGB image from encoded bytes; RequestError if they are no image."""
     try:
@@ -34,6 +38,17 @@ def encode_outputs(output: Any, job: Job) -> Iterator[Media]:
     for index, image in enumerate(output.images):
         data = encode_image(image, job.format, job.compression)
         yield _media(job, index, data, (1, image.height, image.width), job.format)
+
+
+def encode_preview(output: Any, job: Job) -> Iterator[Media]:
+    """The first image of a pipeline's output, or the first frame, at the size that the job asks for."""
+    image = output.images[0] if getattr(output, "frames", None) is None else output.frames[0][0]
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8))
+    size = job.params.get("width", image.width), job.params.get("height", image.height)
+    format = "jpeg" if job.format == "mp4" else job.format
+    data = encode_image(image.resize(size), format, min(job.compression, PREVIEW_QUALITY))
+    yield _media(job, 0, data, (1, size[1], size[0]), format)
 
 
 def encode_image(image: Image.Image, format: str, compression: int) -> bytes:

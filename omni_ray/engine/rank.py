@@ -196,7 +196,7 @@ class Rank:
 
     def _truth(self, usage: Usage) -> Usage:
         """The job's cost with what the group was asked for and is not doing."""
-        cache, warnings = self._group.cache.kind, list(self._warnings)
+        cache, warnings = self._group.cache.kind, [*self._warnings, *usage.warnings]
         if cache != "none" and not usage.steps_skipped:
             warnings.append(f"cache {cache}: none of the {usage.steps_computed} steps could be skipped")
         return dataclasses.replace(usage, cache=cache, warnings=tuple(warnings))
