@@ -22,7 +22,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
-from omni_ray.engine.media import decode_image, encode_outputs, encode_preview
+from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
 from omni_ray.engine.preview import Tail, clean_estimate, preview_steps
 from omni_ray.engine.replay import Answers, Arguments, Resumption, next_sample, sample_of, save
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
@@ -210,13 +210,14 @@ class Lane:
 
     def _call(self, pipe: Any) -> Any:
         """Call a pipeline; its generator is a CPU's, so that an image does not depend on the kind of device."""
-        job, kwargs = self.job, dict(self.job.params)
+        job, taken = self.job, inspect.signature(pipe.__call__).parameters
+        kwargs = {name: value for name, value in job.params.items() if name in taken}  # the API has checked the others
         if job.images:
             images = [decode_image(data) for data in job.images]
             kwargs["image"] = images[0] if len(images) == 1 else images
-        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-            if name in inspect.signature(pipe.__call__).parameters:
-                kwargs[name] = job.num_outputs
+        if job.mask:
+            kwargs["mask_image"] = decode_mask(job.mask)
+        kwargs |= {n: job.num_outputs for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in taken}
         generator = self._generator if pipe is self._pipe else torch.Generator("cpu").manual_seed(job.seed or 0)
         with torch.no_grad():
             return pipe(**kwargs, generator=generator)

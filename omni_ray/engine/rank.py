@@ -94,6 +94,7 @@ class Rank:
         from omni_ray.accel.apply import accelerate
         from omni_ray.accel.capabilities import read_capabilities
         from omni_ray.accel.compile import is_compiled
+        from omni_ray.accel.edits import edit_pipelines
         from omni_ray.accel.loader import load_pipeline, read_parts, resolve
         from omni_ray.accel.parallel import build_mesh
         from omni_ray.engine.exchange import Exchange
@@ -117,8 +118,9 @@ class Rank:
         self._warnings = accelerators.warnings
         for warning in accelerators.warnings:
             logger.warning("%s: %s", group.id, warning)
-        capabilities = self._within_memory(read_capabilities(pipe, folder, group), device)
-        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device)
+        edits = edit_pipelines(pipe)
+        capabilities = self._within_memory(read_capabilities(pipe, folder, group, edits), device)
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device, edits=edits)
         self._loop.start()
         if is_compiled(group.compile, device) and lockstep.leads:
             report("compiling")
