@@ -61,7 +61,7 @@ def test_a_load_that_triples_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rising_load_is_met_before_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     steady, rising = (Serve(monkeypatch, DitGroup) for _ in range(2))
-    for i in range(10):
+    for i in range(12):
         steady.second(20)
         rising.second(10 + i)
     assert (steady.num, rising.num) == (2, 3)
