@@ -46,26 +46,26 @@ def requests(offset: int) -> list[Asked]:
     return images + [Asked("/v1/videos", video | {"seed": offset + i}) for i in range(NUM_VIDEOS)]
 
 
-def submit(server: Server, asked: Asked) -> None:
-    reply = httpx.post(f"{server.url}{asked.path}", json=asked.body, timeout=60)
+def submit(client: httpx.Client, asked: Asked) -> None:
+    reply = client.post(asked.path, json=asked.body)
     assert reply.status_code in (200, 202), reply.text
     asked.id = reply.json()["id"]
 
 
-def follow(server: Server, asked: Asked, deadline: float) -> None:
+def follow(client: httpx.Client, asked: Asked, deadline: float) -> None:
     """Poll until the job is over, then fetch what it made."""
     answered = time.monotonic()
     while asked.status not in ("completed", "failed", "cancelled"):
         assert time.monotonic() < deadline, f"{asked.id} is still {asked.status}"
         try:
-            reply = httpx.get(f"{server.url}/v1/jobs/{asked.id}", timeout=10)
+            reply = client.get(f"/v1/jobs/{asked.id}")
         except httpx.TransportError:
             reply = None
         if reply is not None and reply.status_code == 200:
             asked.status = reply.json()["status"]
             asked.gap_s, answered = max(asked.gap_s, time.monotonic() - answered), time.monotonic()
-        time.sleep(0.3)
-    content = httpx.get(f"{server.url}/v1/jobs/{asked.id}/content", timeout=30)
+        time.sleep(0.5)
+    content = client.get(f"/v1/jobs/{asked.id}/content")
     asked.data = content.content if content.status_code == 200 else b""
 
 
@@ -92,9 +92,13 @@ def all_ids(server: Server) -> list[str]:
 
 
 def run_all(server: Server, jobs: list[Asked], victim: str | None) -> None:
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(lambda each: submit(server, each), jobs))
-        following = [pool.submit(follow, server, each, time.monotonic() + 240) for each in jobs]
+    limits = httpx.Limits(max_connections=len(jobs))
+    with (
+        httpx.Client(base_url=server.url, timeout=30, limits=limits) as client,
+        concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool,
+    ):
+        list(pool.map(lambda each: submit(client, each), jobs))
+        following = [pool.submit(follow, client, each, time.monotonic() + 240) for each in jobs]
         if victim:
             time.sleep(2)
             server.find(f"ray::ServeReplica:omni:{victim}")[0].kill()
