@@ -69,11 +69,10 @@ def paint(xp: ModuleType, forms: Any, jitter: Any, colours: Any, table: Any) -> 
     Returns:
         [n, 3, FRAMES, SIDE, SIDE].
     """
-    axis, times = xp.arange(SIDE) + 0.5, xp.arange(FRAMES) / (FRAMES - 1) - 0.5
-    if xp is not np:
-        axis, times = axis.to(forms.device), times.to(forms.device)
+    where = {} if xp is np else {"device": forms.device}
+    axis, times = xp.arange(SIDE, **where) + 0.5, xp.arange(FRAMES, **where) / (FRAMES - 1) - 0.5
     centres = paths(xp, forms, jitter, times).reshape(-1, 2)
-    rows = xp.arange(len(centres)) // FRAMES
+    rows = xp.arange(len(centres), **where) // FRAMES
     column = forms[rows, 1, None, None]
     shape = forms[rows, 0].astype(np.int64) if xp is np else forms[rows, 0].long()
     dx, dy = axis - centres[:, 0, None, None], axis[:, None] - centres[:, 1, None, None]

@@ -269,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540, help="wall clock for everything")
     parser.add_argument("--vae-seconds", type=float, default=120)
     parser.add_argument("--decoder-seconds", type=float, default=60)
-    parser.add_argument("--eval-seconds", type=float, default=60, help="kept free for the save and the evaluation")
+    parser.add_argument("--eval-seconds", type=float, default=80, help="kept free for the save and the evaluation")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--pool", type=int, default=98304 if cuda else 256)
     parser.add_argument("--batch", type=int, default=256 if cuda else 8, help="even: half for each expert")

@@ -23,6 +23,7 @@ BOUNDARY = 0.875  # sigma from which on the high-noise expert works
 UNSAID = 0.1  # the share of captions left out in training, for classifier-free guidance
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
+MASKED = -1e9  # added to the attention scores of padding
 DEFAULTS = {
     "num_inference_steps": 20,
     "height": SIDE,
@@ -84,9 +85,13 @@ class TextAndExperts(nn.Module):
         self.register_buffer("unsaid", token_table([""], WORDS, TEXT_TOKENS), persistent=False)
 
     def text(self, ids: torch.Tensor) -> torch.Tensor:
-        """[n, 16] token ids to [n, 16, 96], zero after the end of the text, as WanPipeline makes it."""
-        mask = ids.ne(0).long()
-        found: torch.Tensor = self.text_encoder(ids, mask)[0] * mask[..., None]
+        """[n, 16] token ids to [n, 16, 96], zero after the end of the text, as WanPipeline makes it.
+
+        The mask is given as what is added to the scores: to make that of a mask of ones and zeros, transformers copies
+        a number from the host, which no CUDA graph may hold.
+        """
+        padding = ids.eq(0)
+        found: torch.Tensor = self.text_encoder(ids, padding[:, None, None] * MASKED)[0] * ~padding[..., None]
         return found
 
     def forward(self, expert: Any, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
