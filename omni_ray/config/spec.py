@@ -27,7 +27,7 @@ from omni_ray.config.parallel import Parallel as Parallel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
 
-DEMO_SOURCES = ("demo:chat", "demo:image")
+DEMO_SOURCES = ("demo:chat", "demo:image", "demo:video")
 
 # The names of `vllm serve` for what has a key of its own here.
 VLLM_ALIASES = {
