@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omni_ray.errors import OmniRayError
 
 MediaFormat = Literal["png", "jpeg", "webp", "mp4"]
+LoadPhase = Literal["starting", "loading weights", "compiling", "ready", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +127,7 @@ class LoadProgress:
 
     group: str
     replica_id: str
-    phase: Literal["starting", "loading weights", "compiling", "ready", "failed"]
+    phase: LoadPhase
     done_bytes: int = 0
     total_bytes: int = 0
     detail: str = ""

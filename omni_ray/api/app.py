@@ -20,6 +20,7 @@ from omni_ray.api.errors import answer_error
 from omni_ray.api.forward import PATHS, Forwarder
 from omni_ray.api.images import generate_images
 from omni_ray.api.jobs import Jobs
+from omni_ray.api.meters import UNCOUNTED, Measured
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
 from omni_ray.api.pipeline import Drawer
@@ -45,6 +46,7 @@ class Api:
         app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
         for kind in (OmniRayError, HTTPException, Exception):
             app.add_exception_handler(kind, answer_error)
+        app.add_middleware(Measured)
         self._add_routes(app)
         describe(app)
         return app
@@ -59,9 +61,9 @@ class Api:
             app.add_api_route(path, self.forward, **post, name=path, openapi_extra=body_of(AR_BODY))
         app.add_api_route("/v1/models", models.models, **get, tags=["models"])
         app.add_api_route("/v1/models/{name:path}", models.model, **get, tags=["models"])
-        app.add_api_route("/health", models.health, **get, tags=["operation"])
-        app.add_api_route("/ready", models.ready, **get, tags=["operation"])
-        app.add_api_route("/metrics", metrics, **get, tags=["operation"])
+        app.add_api_route("/health", models.health, **get, tags=[UNCOUNTED])
+        app.add_api_route("/ready", models.ready, **get, tags=[UNCOUNTED])
+        app.add_api_route("/metrics", metrics, **get, tags=[UNCOUNTED])
 
     async def chat(self, request: Request) -> Response:
         """AR models answer as vLLM does. DiT models and chains draw what the last user message says."""

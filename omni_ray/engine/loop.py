@@ -15,7 +15,7 @@ import torch
 
 from omni_ray.config.spec import Batching
 from omni_ray.engine import batch
-from omni_ray.engine.clock import DeviceClock
+from omni_ray.engine.clock import DeviceClock, OnForward
 from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
 from omni_ray.engine.lane import Emit, Encode, Lane
@@ -44,7 +44,7 @@ class EngineLoop:
     """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread.
 
     ``device`` is where it computes; where that is not said, it is where the pipeline's weights are. ``encode`` makes
-    media of what a pipeline returns.
+    media of what a pipeline returns. ``on_forward`` is told of each forward (see :mod:`omni_ray.engine.clock`).
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class EngineLoop:
         accelerators: Accelerators | None = None,
         device: torch.device | None = None,
         encode: Encode | None = None,
+        on_forward: OnForward | None = None,
     ) -> None:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
@@ -67,7 +68,7 @@ class EngineLoop:
         self._lockstep = lockstep or Alone()
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
-        self._clock = DeviceClock(self._device, offload.take_transfers if offload else None)
+        self._clock = DeviceClock(self._device, offload.take_transfers if offload else None, on_forward)
         self._forward = Forward(pipe, self._clock, self._lockstep, exchange, accelerators)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()

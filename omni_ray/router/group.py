@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncIterator
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray import metrics
 from omni_ray.config.spec import DitGroup
-from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Unavailable
+from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Overloaded, Unavailable
 from omni_ray.messages import Capabilities, Event, Failure, Job, Media, Queued, StepEvent, Usage
+from omni_ray.meters import Meters
 from omni_ray.router import balance
 from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
@@ -30,6 +33,7 @@ class GroupDispatcher:
         self._spec = spec
         self._handle = handle
         self._costs = CostModel()
+        self._meters = Meters.of(spec)
         self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._capacity)
         self.capabilities: Capabilities | None = None
 
@@ -50,9 +54,11 @@ class GroupDispatcher:
             async for place in self.queue.wait_turn(record):
                 yield Queued(job_id=job.id, position=place, start_s=self.queue.start_s(record))
             record.state = "running"
+            self._meters.observe(metrics.QUEUE_S, time.monotonic() - record.created, hop="router")
             async for event in self._attempts(record):
                 yield event
         except OmniRayError as error:
+            self._meters.count(metrics.REFUSED, isinstance(error, Overloaded))
             record.state = "failed"
             yield Failure(job_id=job.id, error=error)
         finally:

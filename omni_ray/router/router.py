@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
 from omni_ray.messages import Event, GroupStatus, Job, LoadProgress, Route
 from omni_ray.router.group import GroupDispatcher
+from omni_ray.router.meters import tell_forever
 
 STATUS_MAX_AGE_S = 0.5
 
@@ -35,6 +36,7 @@ class Router:
         self._overview: ApplicationStatusOverview | None = None
         self._overview_time = 0.0
         self._describing: dict[str, asyncio.Task[Any]] = {}
+        self._telling = asyncio.create_task(tell_forever(spec, self.status))
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """Run a DiT job. Yields its events, last exactly one Usage or Failure; closing the stream cancels the job."""
