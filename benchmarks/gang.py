@@ -88,11 +88,22 @@ def cut(config: dict[str, Any], num_layers: int) -> None:
 def start(args: argparse.Namespace, size: int) -> None:
     """Run those entries of --parallel that have ``size`` ranks, in as many processes."""
     store, port = world.open_store("127.0.0.1")
-    command = [sys.executable, "-m", "benchmarks.gang", args.source, "--size", str(args.size), "--steps"]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "benchmarks.gang",
+        args.source,
+        "--size",
+        str(args.size),
+        "--steps",
+    ]
     command += [str(args.steps), *(["--dummy"] if args.dummy else []), "--parallel", *map(json.dumps, args.parallel)]
     ranks = [subprocess.Popen([*command, "--rank", json.dumps([i, size, port])]) for i in range(size)]
     try:
-        assert [each.wait() for each in ranks] == [0] * size
+        if any(codes := [each.wait() for each in ranks]):
+            sys.exit(f"the ranks ended with {codes}")
     finally:
         for each in ranks:
             each.kill()

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--gib", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="parts of the blocks to stream")
+    parser.add_argument("--gib", type=float, nargs="*", default=[4.0, 8.0, 16.0], help="parts of the blocks to stream")
     args = parser.parse_args()
     gbs = pcie_gbs()
     kind, arguments = arguments_of(args.source, args.size)

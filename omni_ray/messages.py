@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from omni_ray.errors import OmniRayError
 
+FPS = 16
+"""Frames per second of a video where the request does not say (Wan's native rate)."""
+
 MediaFormat = Literal["png", "jpeg", "webp", "mp4"]
 LoadPhase = Literal["starting", "loading weights", "compiling", "ready", "failed"]
 
@@ -20,7 +23,9 @@ class Job:
 
     ``params`` holds keyword arguments of the diffusers pipeline's ``__call__`` by their own names (``prompt``,
     ``height``, ``num_inference_steps``, ``guidance_scale``, ...). ``images`` are encoded input images (PNG, JPEG, ...)
-    for image-to-image and image-to-video pipelines. ``seed`` None means a random one, which the reply tells.
+    for image-to-image and image-to-video pipelines, and ``mask`` one whose transparent, or else white, parts are to be
+    drawn anew. ``fps`` are a video's frames per second. ``seed`` None means a random one, which the reply tells.
+    ``num_previews`` are spread over the steps. ``resume`` is what a :class:`Snapshot` of this job held.
     """
 
     id: str
@@ -30,29 +35,36 @@ class Job:
     num_outputs: int = 1
     seed: int | None = None
     images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
     format: MediaFormat = "png"
     compression: int = 100
+    fps: int | None = None
+    num_previews: int = 0
+    resume: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """The job waits: ``position`` jobs are before it, and it should start in ``start_s`` seconds."""
+    """The job waits: ``position`` jobs are before it; it should start in ``start_s`` seconds and end in ``end_s``."""
 
     job_id: str
     position: int
     start_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEvent:
     """Denoise step ``step`` of ``num_steps`` (from 1) is done. ``seconds`` is this job's share of device time since
-    the last event; ``computed`` is False where a cache answered instead of the transformer."""
+    the last event; ``computed`` is False where a cache answered instead of the transformer. The job should end in
+    ``end_s`` seconds, which the router estimates."""
 
     job_id: str
     step: int
     num_steps: int
     seconds: float
     computed: bool = True
+    end_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +78,25 @@ class Media:
     width: int
     height: int
     num_frames: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What the output looks like after ``step``: an image of the first output, of a video its first frame."""
+
+    job_id: str
+    index: int
+    step: int
+    media: Media
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What another rank needs to go on with the job after ``step`` (``Job.resume``)."""
+
+    job_id: str
+    step: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +131,7 @@ class Failure:
     error: OmniRayError
 
 
-Event = Queued | StepEvent | Media | Usage | Failure
+Event = Queued | StepEvent | Preview | Snapshot | Media | Usage | Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +183,9 @@ class Capabilities:
     max_steps: int = 200
     max_outputs: int = 10
     max_frames: int = 1
+    fps: int = FPS
+    edits: dict[str, frozenset[str]] = field(default_factory=dict)
+    """The fields of the pipelines that take an ``image``, or an image and a ``mask``, with the same modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

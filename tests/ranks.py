@@ -7,6 +7,7 @@ rank makes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import subprocess
@@ -68,6 +69,7 @@ def run_case(family: str, levers: dict[str, Any], folder: Path, leads: bool) -> 
     weights on the device; where it has neither, by the plain pipeline."""
     group = DitGroup(type="dit", name="m", source=str(folder), device="cpu", **levers)
     jobs, made = jobs_of(family), dict[str, Any]()
+    jobs[1] = dataclasses.replace(jobs[1], num_previews=2)
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
     alone = group.model_copy(update={"parallel": DitParallel(), "offload": DitOffload()})
     if leads and repr(alone) not in _wanted:
@@ -92,6 +94,7 @@ def run_case(family: str, levers: dict[str, Any], folder: Path, leads: bool) -> 
     failed = [str(e.error) for e in last.values() if isinstance(e, Failure) and not isinstance(e.error, Cancelled)]
     cancelled = [i for i, e in last.items() if isinstance(e, Failure) and isinstance(e.error, Cancelled)]
     error = max((float(np.abs(made[i] - wanted[i]).max()) for i in wanted if i in made), default=None)
+    assert not any(e.warnings for e in last.values() if isinstance(e, Usage))
     skipped = sum(e.steps_skipped for e in last.values() if isinstance(e, Usage))
     return {"error": error, "failed": failed, "cancelled": cancelled, "num_made": len(made), "skipped": skipped}
 

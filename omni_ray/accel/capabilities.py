@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -16,18 +18,27 @@ from omni_ray.messages import Capabilities
 INTERNAL = frozenset(
     (  # noqa: SIM905
         "self output_type return_dict generator latents callback_on_step_end callback_on_step_end_tensor_inputs "
-        "num_images_per_prompt num_videos_per_prompt image sigmas timesteps joint_attention_kwargs attention_kwargs"
+        "num_images_per_prompt num_videos_per_prompt image mask_image sigmas timesteps joint_attention_kwargs "
+        "attention_kwargs"
     ).split()
 )
 """Arguments of a pipeline's call that are the engine's business, or that no JSON body can hold."""
 
 
-def read_capabilities(pipe: DiffusionPipeline, folder: Path, group: DitGroup) -> Capabilities:
+NO_EDITS: Mapping[str, DiffusionPipeline] = MappingProxyType({})
+
+
+def read_capabilities(
+    pipe: DiffusionPipeline,
+    folder: Path,
+    group: DitGroup,
+    edits: Mapping[str, DiffusionPipeline] = NO_EDITS,
+) -> Capabilities:
     """Fields, defaults and limits of ``pipe``. Defaults come, the later over the earlier, from the signature, from
     ``omni_ray.json`` beside the checkpoint and from the group's ``defaults``; an unknown name there is a ConfigError.
     """
     parameters = inspect.signature(pipe.__call__).parameters
-    fields = {name for name in parameters if name not in INTERNAL and "embeds" not in name and "ip_adapter" not in name}
+    fields = _fields(pipe)
     video = "num_frames" in parameters
     defaults = {
         name: parameters[name].default for name in fields if isinstance(parameters[name].default, (int, float, str))
@@ -43,6 +54,7 @@ def read_capabilities(pipe: DiffusionPipeline, folder: Path, group: DitGroup) ->
         pipeline=type(pipe).__name__,
         output="video" if video else "image",
         fields=frozenset(fields | ({"image"} & set(parameters))),
+        edits={kind: frozenset(_fields(each) | {"image"}) for kind, each in edits.items()},
         defaults=defaults,
         size_multiple=_size_multiple(pipe),
         frame_multiple=int(getattr(pipe, "vae_scale_factor_temporal", 1)) if video else 1,
@@ -51,6 +63,12 @@ def read_capabilities(pipe: DiffusionPipeline, folder: Path, group: DitGroup) ->
         max_outputs=group.limits.max_outputs if has_count else 1,
         max_frames=group.limits.max_frames if video else 1,
     )
+
+
+def _fields(pipe: DiffusionPipeline) -> set[str]:
+    """Those arguments of a pipeline's call that a request may say."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    return {name for name in parameters if name not in INTERNAL and "embeds" not in name and "ip_adapter" not in name}
 
 
 def _shipped_defaults(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,21 +11,37 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from omni_ray import __version__
+from omni_ray.api.background import Background
 from omni_ray.api.body import model_name, parse_object, read_body
 from omni_ray.api.chat import chat_with_drawer
 from omni_ray.api.directory import Directory
-from omni_ray.api.docs import AR_BODY, body_of, describe, ref
+from omni_ray.api.docs import AR_BODY, body_of, describe, form_of, ref
 from omni_ray.api.errors import answer_error
 from omni_ray.api.forward import PATHS, Forwarder
-from omni_ray.api.images import generate_images
+from omni_ray.api.images import Images
 from omni_ray.api.jobs import Jobs
+from omni_ray.api.limits import Inputs
 from omni_ray.api.meters import UNCOUNTED, Measured
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
 from omni_ray.api.pipeline import Drawer
-from omni_ray.api.protocol import ChatRequest, ImagesRequest
+from omni_ray.api.protocol import (
+    ChatRequest,
+    ImageEditRequest,
+    ImagesRequest,
+    ImageVariationRequest,
+    VideosRequest,
+    parse,
+)
+from omni_ray.api.stored_jobs import StoredJobs
+from omni_ray.api.submission import Submission
+from omni_ray.api.uploads import check_image, read_form, typed
+from omni_ray.api.videos import Videos
 from omni_ray.config.spec import OmniSpec, Pipeline
 from omni_ray.errors import OmniRayError, RequestError
+from omni_ray.store.store import Store
+
+EDIT_FILES, VARIATION_FILES, VIDEO_FILES = ("image", "mask"), ("image",), ("input_reference",)
 
 
 @serve.ingress()
@@ -41,6 +56,8 @@ class Api:
         self._directory = Directory(router)
         self._forwarder = Forwarder(ar_handles, self._directory)
         self._drawer = Drawer(chains, self._directory, self._forwarder, Jobs(router, self._directory))
+        self._background = Background(router, self._directory, Store(spec.jobs))
+        self._images = Images(self._drawer, self._background)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
@@ -57,13 +74,37 @@ class Api:
         get: dict[str, Any] = {"methods": ["GET"]}
         app.add_api_route("/v1/chat/completions", self.chat, **post, openapi_extra=body_of(AR_BODY, ref(ChatRequest)))
         app.add_api_route("/v1/images/generations", self.images, **post, openapi_extra=body_of(ref(ImagesRequest)))
+        app.add_api_route("/v1/images/edits", self.edits, **post, openapi_extra=form_of(ImageEditRequest, EDIT_FILES))
+        app.add_api_route(
+            "/v1/images/variations",
+            self.variations,
+            **post,
+            openapi_extra=form_of(ImageVariationRequest, VARIATION_FILES),
+        )
         for path in PATHS:
             app.add_api_route(path, self.forward, **post, name=path, openapi_extra=body_of(AR_BODY))
+        self._add_job_routes(app)
         app.add_api_route("/v1/models", models.models, **get, tags=["models"])
         app.add_api_route("/v1/models/{name:path}", models.model, **get, tags=["models"])
         app.add_api_route("/health", models.health, **get, tags=[UNCOUNTED])
         app.add_api_route("/ready", models.ready, **get, tags=[UNCOUNTED])
         app.add_api_route("/metrics", metrics, **get, tags=[UNCOUNTED])
+
+    def _add_job_routes(self, app: FastAPI) -> None:
+        videos = Videos(self._directory, self._drawer, self._background, self._max_body_bytes)
+        jobs = StoredJobs(self._background)
+        tags: dict[str, Any] = {"tags": ["jobs"]}
+        created = body_of(ref(VideosRequest)) | {}
+        created["requestBody"]["content"] |= form_of(VideosRequest, VIDEO_FILES)["requestBody"]["content"]
+        app.add_api_route("/v1/videos", videos.create, methods=["POST"], **tags, openapi_extra=created)
+        app.add_api_route("/v1/videos/sync", videos.create_and_wait, methods=["POST"], **tags, openapi_extra=created)
+        for path, one in (("/v1/videos", videos), ("/v1/jobs", jobs)):
+            app.add_api_route(path, one.page, methods=["GET"], **tags)
+            app.add_api_route(path + "/{job_id}", one.get, methods=["GET"], **tags)
+            app.add_api_route(path + "/{job_id}", one.delete, methods=["DELETE"], **tags)
+            app.add_api_route(path + "/{job_id}/content", one.content, methods=["GET"], **tags)
+        app.add_api_route("/v1/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"], **tags)
+        app.add_api_route("/v1/jobs/{job_id}/events", jobs.events, methods=["GET"], **tags)
 
     async def chat(self, request: Request) -> Response:
         """AR models answer as vLLM does. DiT models and chains draw what the last user message says."""
@@ -72,7 +113,7 @@ class Api:
         route = await self._directory.open(model_name(body))
         if route.type == "ar":
             return await self._forwarder.forward(route.group, request, raw)
-        return await chat_with_drawer(self._drawer, route, body, _request_id(request))
+        return await chat_with_drawer(self._drawer, route, body, Submission.of(request).request_id)
 
     async def images(self, request: Request) -> Response:
         """DiT models and chains draw the prompt."""
@@ -80,7 +121,39 @@ class Api:
         route = await self._directory.open(model_name(body))
         if route.type == "ar":
             raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
-        return await generate_images(self._drawer, route, body, _request_id(request))
+        asked = parse(ImagesRequest, body)
+        inputs = Inputs(prompt=asked.prompt)
+        return await self._images.answer(route, asked, inputs, Submission.of(request), "image_generation")
+
+    async def edits(self, request: Request) -> Response:
+        """DiT models draw the prompt from the images, and where there is a mask inside it."""
+        return await self._edit(request, ImageEditRequest, EDIT_FILES, "image_edit")
+
+    async def variations(self, request: Request) -> Response:
+        """DiT models draw the image anew, with or without a prompt."""
+        return await self._edit(request, ImageVariationRequest, VARIATION_FILES, "image_variation")
+
+    async def _edit(
+        self, request: Request, kind: type[ImageEditRequest], file_fields: tuple[str, ...], event_type: str
+    ) -> Response:
+        fields, files = await read_form(request, self._max_body_bytes, file_fields)
+        body = {name: value if name in kind.model_fields else typed(value) for name, value in fields.items()}
+        route = await self._directory.open(model_name(body))
+        if route.type == "ar":
+            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        asked = parse(kind, body, strict=False)
+        images, masks = files.get("image", []), files.get("mask", [])
+        for name, uploads in files.items():
+            for upload in uploads:
+                await check_image(upload, name)
+        inputs = Inputs(
+            prompt=asked.prompt,
+            images=tuple(images),
+            mask=masks[0] if masks else None,
+            needs_prompt=kind is ImageEditRequest,
+            needs_image=True,
+        )
+        return await self._images.answer(route, asked, inputs, Submission.of(request), event_type)
 
     async def forward(self, request: Request) -> Response:
         """AR models answer as vLLM does."""
@@ -89,7 +162,3 @@ class Api:
         if route.type != "ar":
             raise RequestError(f"{route.name} draws; use /v1/chat/completions or /v1/images/generations", param="model")
         return await self._forwarder.forward(route.group, request, raw)
-
-
-def _request_id(request: Request) -> str:
-    return request.headers.get("x-request-id") or str(uuid.uuid4())

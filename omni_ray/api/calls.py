@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -25,7 +26,20 @@ WAIT_FOR_REPLICA_S = 180.0
 
 
 async def call(directory: Directory, group: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Await ``attempt`` until it survives its replica, three times at most.
+    """What ``attempt`` gives; see :func:`stream`."""
+
+    async def once() -> AsyncGenerator[T, None]:
+        yield await attempt()
+
+    async with aclosing(stream(directory, group, once)) as results:
+        return await anext(results)
+
+
+async def stream(
+    directory: Directory, group: str, attempt: Callable[[], AsyncGenerator[T, None]]
+) -> AsyncGenerator[T, None]:
+    """What ``attempt`` yields. If its replica is lost it is begun anew, so that what it yielded before comes again;
+    three attempts are made at most.
 
     :raises OmniRayError: Overloaded when the group's queue is full, Unavailable when no replica lived long enough or
         the group cannot start, and whatever the replica itself raised.
@@ -33,7 +47,10 @@ async def call(directory: Directory, group: str, attempt: Callable[[], Awaitable
     async with directory.alive(group) as wait:
         for pause in (*BACKOFF_S, None):
             try:
-                return await attempt()
+                async with aclosing(attempt()) as results:
+                    async for result in results:
+                        yield result
+                return
             except LOST as error:
                 if pause is None:
                     times = len(BACKOFF_S) + 1
@@ -43,7 +60,6 @@ async def call(directory: Directory, group: str, attempt: Callable[[], Awaitable
                 await asyncio.sleep(pause)
             except (RayError, RayServeException) as error:
                 raise error_from(error) from error
-    raise AssertionError
 
 
 async def items(stream: Any) -> AsyncGenerator[Any, None]:

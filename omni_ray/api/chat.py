@@ -5,20 +5,23 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Response
 from pydantic_core import to_json
 
 from omni_ray.api import sse
-from omni_ray.api.images import data_url
+from omni_ray.api.images import Step, data_url, how_far
 from omni_ray.api.jobs import Result
+from omni_ray.api.limits import Inputs
 from omni_ray.api.pipeline import Drawer, Rewritten
 from omni_ray.api.protocol import ChatRequest, Part, parse
+from omni_ray.api.uploads import check_image
 from omni_ray.api.wording import shown
 from omni_ray.errors import RequestError
-from omni_ray.messages import Media, Route
+from omni_ray.messages import Media, Preview, Route
 
 Parts = list[dict[str, Any]]
 
@@ -27,12 +30,15 @@ async def chat_with_drawer(drawer: Drawer, route: Route, body: dict[str, Any], r
     """A `chat.completion`, or its chunks where ``stream`` says so."""
     chat = parse(ChatRequest, body)
     prompt, images = read_prompt(chat)
-    steps = drawer.draw(route, chat, prompt, images, request_id)
+    for number, image in enumerate(images):
+        await check_image(image, f"image {number}")
+    num_previews = chat.partial_images or 0 if chat.stream else 0
+    steps = drawer.draw(route, chat, Inputs(prompt=prompt, images=images), request_id, num_previews)
     reply = Reply(chat, request_id)
     if chat.stream:
         first = await anext(steps)  # before the head is sent, so that what fails here fails with a status
         return sse.EventStream(reply.chunks(first, steps))
-    content = [part async for step in steps for part in reply.add(step)]
+    content = [part async for step in steps if isinstance(step, (Rewritten, Result)) for part in reply.add(step)]
     return Response(to_json(reply.whole(content)), media_type="application/json")
 
 
@@ -58,18 +64,29 @@ class Reply:
         choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage, "omni": self._omni}
 
-    async def chunks(
-        self, first: Rewritten | Result, steps: AsyncGenerator[Rewritten | Result, None]
-    ) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, first: Step, steps: AsyncGenerator[Step, None]) -> AsyncGenerator[bytes, None]:
         """The reply as events: the role, the parts of each step as it comes, the end."""
         yield self._chunk({"role": "assistant"})
-        yield self._chunk({"content": self.add(first)})
-        async for step in steps:
-            yield self._chunk({"content": self.add(step)})
+        async with aclosing(steps):
+            for chunk in self._chunks_of(first):
+                yield chunk
+            async for step in steps:
+                for chunk in self._chunks_of(step):
+                    yield chunk
         yield self._chunk({}, "stop", omni=self._omni)
         if self._chat.stream_options and self._chat.stream_options.include_usage:
             yield sse.event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage})
         yield sse.DONE
+
+    def _chunks_of(self, step: Step) -> Iterator[bytes]:
+        """A preview is a part like the image itself; progress, where it is wanted, stands in ``omni``."""
+        if isinstance(step, (Rewritten, Result)):
+            yield self._chunk({"content": self.add(step)})
+        elif isinstance(step, Preview):
+            preview = {"preview": step.index, "step": step.step}
+            yield self._chunk({"content": [_part(step.media)]}, omni=preview)
+        elif self._chat.progress:
+            yield self._chunk({}, omni=how_far(step))
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}

@@ -6,10 +6,24 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from omni_ray.api.protocol import ChatRequest, ImagesRequest
+from omni_ray.api.protocol import (
+    ChatRequest,
+    ImageEditRequest,
+    ImagesRequest,
+    ImageVariationRequest,
+    VideosRequest,
+)
 
+BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    ImagesRequest,
+    ImageEditRequest,
+    ImageVariationRequest,
+    VideosRequest,
+)
 REF = "#/components/schemas/{model}"
 AR_BODY = {"type": "object", "required": ["model"], "description": "As `vllm serve` takes it."}
 
@@ -18,6 +32,13 @@ def body_of(*schemas: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's ``openapi_extra`` for an endpoint whose JSON body is one of ``schemas``."""
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form_of(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, Any]:
+    """The same for a form with the fields of ``model`` and these files."""
+    uploads = {name: {"type": "string", "format": "binary"} for name in files}
+    schema = {"allOf": [ref(model), {"type": "object", "properties": uploads}]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def ref(model: type) -> dict[str, Any]:
@@ -30,9 +51,7 @@ def describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _, models = models_json_schema(
-                [(ChatRequest, "validation"), (ImagesRequest, "validation")], ref_template=REF
-            )
+            _, models = models_json_schema([(body, "validation") for body in BODIES], ref_template=REF)
             schema.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
             app.openapi_schema = schema
         return app.openapi_schema

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from omni_ray.api.protocol import Generation
@@ -16,19 +18,31 @@ FORMATS: dict[str, tuple[MediaFormat, ...]] = {"image": ("png", "jpeg", "webp"),
 """By the kind of output; the first is the default."""
 
 
-def make_job(request: Generation, prompt: str, images: tuple[bytes, ...], route: Route, request_id: str) -> Job:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a job is made from. ``needs_prompt``: an empty one is an error; ``needs_image``: so is none."""
+
+    prompt: str
+    images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
+    needs_prompt: bool = True
+    needs_image: bool = False
+
+
+def make_job(request: Generation, inputs: Inputs, route: Route, request_id: str) -> Job:
     """The job that ``request`` asks for; RequestError naming every field that ``route`` cannot fulfil."""
-    if problems := list(_problems(request, prompt, images, route.limits)):
+    if problems := list(_problems(request, inputs, route.limits)):
         sentences = dict.fromkeys(f"{field}: {problem}" for field, problem in problems)
         raise RequestError("; ".join(sentences), param=problems[0][0])
     return Job(
         id=f"{request_id[:64]}-{uuid.uuid4().hex[:8]}",
         model=route.name,
         group=route.group,
-        params={"prompt": prompt, **request.pipeline_args},
+        params={"prompt": inputs.prompt, **request.pipeline_args},
         num_outputs=request.num_outputs,
-        seed=request.seed,
-        images=images,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        images=inputs.images,
+        mask=inputs.mask,
         format=request.output_format or FORMATS[route.limits["output"]][0],
         compression=100 if request.output_compression is None else request.output_compression,
     )
@@ -38,25 +52,42 @@ Problems = Iterator[tuple[str, str]]
 """Names of fields, and what is wrong with each."""
 
 
-def _problems(request: Generation, prompt: str, images: tuple[bytes, ...], limits: dict[str, Any]) -> Problems:
-    texts = {"prompt": prompt, "negative_prompt": request.negative_prompt}
-    yield from _text_problems(texts, limits["max_prompt_chars"])
-    yield from _field_problems(request, images, limits)
+def _problems(request: Generation, inputs: Inputs, limits: dict[str, Any]) -> Problems:
+    texts = {"prompt": inputs.prompt, "negative_prompt": request.negative_prompt}
+    yield from _text_problems(texts, limits["max_prompt_chars"], inputs.needs_prompt)
+    yield from _image_problems(inputs, limits)
+    yield from _field_problems(request, _fields(inputs, limits), limits["defaults"])
     yield from _size_problems(request, limits)
     yield from _count_problems(request, limits)
     yield from _format_problems(request, limits["output"])
 
 
-def _text_problems(texts: dict[str, str | None], max_chars: int) -> Problems:
+def _fields(inputs: Inputs, limits: dict[str, Any]) -> set[str]:
+    """The fields of the pipeline that runs, which depends on what comes with the prompt."""
+    if not inputs.images or "image" in limits["fields"]:
+        return {*limits["fields"]}
+    return {*limits["edits"].get("mask" if inputs.mask else "image", limits["fields"])}
+
+
+def _image_problems(inputs: Inputs, limits: dict[str, Any]) -> Problems:
+    takes = {"image"} & {*limits["fields"]} | {*limits["edits"]}
+    if inputs.needs_image and not inputs.images:
+        yield "image", "is missing; send at least one"
+    if inputs.images and "image" not in takes:
+        yield "image", "is not taken: this model draws from text alone"
+    if inputs.mask and "mask" not in takes:
+        yield "mask", "is not taken: this model has no pipeline that draws inside a mask"
+
+
+def _text_problems(texts: dict[str, str | None], max_chars: int, needs_prompt: bool) -> Problems:
     for name, text in texts.items():
-        if name == "prompt" and not (text or "").strip():
+        if name == "prompt" and needs_prompt and not (text or "").strip():
             yield name, "is empty; say what to draw"
         if text is not None and len(text) > max_chars:
             yield name, f"has {len(text)} characters, at most {max_chars} are taken"
 
 
-def _field_problems(request: Generation, images: tuple[bytes, ...], limits: dict[str, Any]) -> Problems:
-    fields, defaults = limits["fields"], limits["defaults"]
+def _field_problems(request: Generation, fields: set[str], defaults: dict[str, Any]) -> Problems:
     extra = request.__pydantic_extra__
     taken = ", ".join(sorted({*fields} - {"prompt", "image"}))
     for name, value in request.pipeline_args.items():
@@ -67,8 +98,6 @@ def _field_problems(request: Generation, images: tuple[bytes, ...], limits: dict
             yield name, f"is not taken by the pipeline of this model, which takes {taken}"
         elif name in extra and not _fits(value, defaults.get(name)):
             yield name, f"{shown(value)} is not of the kind of its default {shown(defaults.get(name))}"
-    if images and "image" not in fields:
-        yield "image", "is not taken: this model draws from text alone"
 
 
 def _fits(value: object, default: object) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +12,12 @@ from pydantic_core import from_json, to_json
 
 from omni_ray.api.directory import Directory
 from omni_ray.api.forward import Forwarder
-from omni_ray.api.jobs import Jobs, Result
-from omni_ray.api.limits import make_job
+from omni_ray.api.jobs import Jobs, Progress, Result
+from omni_ray.api.limits import Inputs, make_job
 from omni_ray.api.protocol import Generation
 from omni_ray.config.spec import Pipeline
 from omni_ray.errors import EngineFailed, RequestError
-from omni_ray.messages import HttpRequest, Route
+from omni_ray.messages import HttpRequest, Job, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +38,34 @@ class Drawer:
         self._jobs = jobs
 
     async def draw(
-        self, route: Route, request: Generation, prompt: str, images: tuple[bytes, ...], request_id: str
-    ) -> AsyncGenerator[Rewritten | Result, None]:
-        """What comes to be, one after the other: the new prompt if ``route`` is a chain, then the media.
+        self, route: Route, request: Generation, inputs: Inputs, request_id: str, num_previews: int = 0
+    ) -> AsyncGenerator[Rewritten | Progress | Result, None]:
+        """What comes to be, one after the other: the new prompt if ``route`` is a chain, progress, and last the media.
 
         :raises RequestError: the model cannot do what is asked; told before anything is computed.
         """
+        drawing, job, rewritten = await self.prepare(route, request, inputs, request_id)
+        if rewritten:
+            yield rewritten
+        async with aclosing(self._jobs.run(drawing, dataclasses.replace(job, num_previews=num_previews))) as steps:
+            async for step in steps:
+                yield step
+
+    async def prepare(
+        self, route: Route, request: Generation, inputs: Inputs, request_id: str
+    ) -> tuple[Route, Job, Rewritten | None]:
+        """The route of the model that draws, the job for it, and its new prompt if ``route`` is a chain.
+
+        :raises RequestError: the model cannot do what is asked; told before the prompt is rewritten.
+        """
         chain = self._chains.get(route.group)
         drawing = await self._directory.loaded(route.limits["generate"] if chain else route.group)
-        job = make_job(request, prompt, images, drawing, request_id)
-        if chain:
-            rewritten = await self._rewrite(chain, route.limits["rewrite"], prompt, request_id)
-            yield rewritten
-            job = make_job(request, rewritten.text, images, drawing, request_id)
-        yield await self._jobs.run(drawing, job)
+        job = make_job(request, inputs, drawing, request_id)
+        if not chain:
+            return drawing, job, None
+        rewritten = await self._rewrite(chain, route.limits["rewrite"], inputs.prompt, request_id)
+        inputs = dataclasses.replace(inputs, prompt=rewritten.text)
+        return drawing, make_job(request, inputs, drawing, request_id), rewritten
 
     async def _rewrite(self, chain: Pipeline, group: str, prompt: str, request_id: str) -> Rewritten:
         system = [{"role": "system", "content": chain.instructions}] if chain.instructions else []

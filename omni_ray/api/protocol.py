@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(ge=0)]
 Strength = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Previews = Annotated[int, Field(ge=0, le=3)]
 Percent = Annotated[int, Field(ge=0, le=100)]
 Format = Literal["png", "jpeg", "webp", "mp4"]
 
@@ -35,7 +36,7 @@ class Generation(Body):
 
     pipeline_fields: ClassVar[tuple[str, ...]] = (
         "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
-        "strength", "max_sequence_length",
+        "strength", "max_sequence_length", "guidance_scale_2",
     )  # fmt: skip
 
     model: str = Field(description="A model's name, or `name:profile`.")
@@ -48,6 +49,7 @@ class Generation(Body):
     negative_prompt: str | None = Field(None, description="What the output should not show.")
     num_inference_steps: Count | None = Field(None, description="Denoise steps.")
     guidance_scale: Scale | None = Field(None, description="How closely to follow the prompt.")
+    guidance_scale_2: Scale | None = Field(None, description="`guidance_scale` of the second of two transformers.")
     true_cfg_scale: Scale | None = Field(None, description="Scale of true CFG, with a negative prompt.")
     strength: Strength | None = Field(None, description="Share of the input image to redraw.")
     max_sequence_length: Count | None = Field(None, description="Tokens of the prompt that the text encoder reads.")
@@ -98,18 +100,50 @@ class ImagesRequest(Generation):
 
     prompt: str = Field(description="What the image shows.", examples=["a red circle"])
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="`url` is a `data:` URL.")
+    run_async: bool = Field(False, alias="async", description="Answer at once, with a job that needs no client.")
+    partial_images: Previews | None = Field(None, description="How many previews a stream shows.")
+    progress: bool = Field(False, description="A stream tells queue place and steps too.")
     quality: Literal["auto", "standard"] | None = Field(None, description="Steps and guidance set the quality.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Images are opaque.")
     style: Literal["natural"] | None = Field(None, description="The prompt says what style is wanted.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Nothing is filtered.")
-    stream: bool | None = Field(None, description="Not supported on this path.")
+    stream: bool | None = Field(None, description="Send previews, and last the image, as they come.")
 
-    @field_validator("stream")
+    @model_validator(mode="after")
+    def _streams_what_it_can(self) -> Self:
+        if self.stream and self.run_async:
+            raise ValueError("async contradicts stream; /v1/jobs/{id}/events streams a job's progress")
+        if self.stream and self.num_outputs > 1:
+            raise ValueError(f"n: {self.num_outputs} images cannot be streamed; ask for one")
+        return self
+
+
+class ImageEditRequest(ImagesRequest):
+    """`POST /v1/images/edits`, a form. The images come as files."""
+
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="`strength` says it exactly.")
+
+
+class ImageVariationRequest(ImageEditRequest):
+    """`POST /v1/images/variations`, a form."""
+
+    prompt: str = Field("", description="What to keep in mind.")
+
+
+class VideosRequest(Generation):
+    """`POST /v1/videos`, as JSON or as a form. The first frame may come as the file `input_reference`."""
+
+    prompt: str = Field(description="What the video shows.", examples=["a red circle moving right"])
+    seconds: Annotated[float, Field(gt=0, le=3600)] | None = Field(None, description="Length; `num_frames` is exact.")
+    fps: Annotated[int, Field(ge=1, le=120)] | None = Field(None, description="Frames a second.")
+
+    @field_validator("seconds", mode="before")
     @classmethod
-    def _no_stream(cls, stream: bool | None) -> bool | None:
-        if stream:
-            raise ValueError("true is not supported on this path yet; leave it out, or use /v1/chat/completions")
-        return stream
+    def _number(cls, seconds: object) -> object:
+        try:
+            return float(seconds) if isinstance(seconds, str) else seconds
+        except ValueError:
+            return seconds
 
 
 class ImageUrl(Body):
@@ -143,6 +177,8 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool | None = None
+    partial_images: Previews | None = Field(None, description="How many previews a stream shows.")
+    progress: bool = Field(False, description="A stream tells queue place and steps too.")
     stream_options: StreamOptions | None = None
     metadata: dict[str, str] | None = Field(None, description="Accepted, and not used.")
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
@@ -151,8 +187,9 @@ class ChatRequest(Generation):
 G = TypeVar("G", bound=Generation)
 
 
-def parse(kind: type[G], body: dict[str, Any]) -> G:
-    """``body`` as a ``kind``; what stands in ``extra_body`` counts as if it stood beside it.
+def parse(kind: type[G], body: dict[str, Any], *, strict: bool | None = None) -> G:
+    """``body`` as a ``kind``; what stands in ``extra_body`` counts as if it stood beside it. A form, where all is text,
+    is not ``strict``.
 
     :raises RequestError: naming every field that does not fit, and as ``param`` the first.
     """
@@ -165,7 +202,7 @@ def parse(kind: type[G], body: dict[str, Any]) -> G:
             raise RequestError(f"{twice[0]}: {problem}", param=twice[0])
         body = {name: value for name, value in body.items() if name != "extra_body"} | extra
     try:
-        return kind.model_validate(body)
+        return kind.model_validate(body, strict=strict)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
         raise RequestError("; ".join(map(_sentence, details)), param=_field(details[0]) or None) from None

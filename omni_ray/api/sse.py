@@ -26,6 +26,11 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """As :func:`event`, under the name that the data's own ``type`` is."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+
+
 class EventStream(Response):
     """Sends ``pieces`` of an event stream as they come. An error after the start is the stream's last event.
 

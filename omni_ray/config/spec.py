@@ -256,11 +256,35 @@ class Api(Block):
     )
 
 
+class JobStore(Block):
+    """Where jobs and what they made are kept, so that they outlive every process of the server."""
+
+    folder: str = Field(
+        "~/.local/share/omni_ray/jobs",
+        description="Folder of the files, or an address that fsspec knows, such as `s3://bucket/jobs`. With several "
+        "nodes, one that all of them share.",
+    )
+    database: str | None = Field(
+        None,
+        description="SQLAlchemy's address of the database, such as `postgresql+psycopg://user@host/name`; left out, an "
+        "SQLite file in the folder.",
+    )
+    expire_after_s: float = Field(86_400.0, gt=0, description="Jobs that ended are removed after this time.")
+    max_gib: float = Field(10.0, gt=0, description="Media beyond this size are removed, the oldest first.")
+
+    @model_validator(mode="after")
+    def _has_a_database(self) -> Self:
+        if "://" in self.folder and self.database is None:
+            raise ValueError(f"database: {self.folder} can hold no SQLite file; name a database beside it")
+        return self
+
+
 class OmniSpec(Block):
     """Everything that one application serves."""
 
     models: list[Model] = Field(min_length=1, description="The models.")
     api: Api = Field(default_factory=Api, description="The HTTP edge.")
+    jobs: JobStore = Field(default_factory=JobStore, description="The store of jobs.")
 
     @property
     def groups(self) -> list[ArGroup | DitGroup]:

@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from omni_ray.engine.deferred import answer, structure
+from omni_ray.engine.replay import Computes, is_denoising
 from omni_ray.errors import EngineFailed
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Call:
     def __init__(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.name, self.method, self.args, self.kwargs = lane, name, method, args, kwargs
         self.id = f"{lane.id}/{lane.num_calls}"
-        self.is_denoising = name.startswith("transformer") and method == "forward"
+        self.is_denoising = is_denoising(name, method)
         self.ordinal = lane.branches
         self.deferred = False
         self.skipped: bool | None = None
@@ -228,7 +229,7 @@ class LaneCancelled(BaseException):
 class GatedModule:
     """Stands in for one module of a lane's pipeline. Reads go to the module, computing calls to the gate."""
 
-    def __init__(self, gate: Gate, lane: Lane, name: str, module: torch.nn.Module) -> None:
+    def __init__(self, gate: Computes, lane: Lane, name: str, module: torch.nn.Module) -> None:
         self.__dict__.update(_gate=gate, _lane=lane, _name=name, _module=module)
 
     @property  # type: ignore[misc]
@@ -237,6 +238,10 @@ class GatedModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._gate.compute(self._lane, self._name, "forward", args, kwargs)
+
+    def asking(self, other: Computes) -> GatedModule:
+        """The same stand-in, whose calls go to ``other``."""
+        return GatedModule(other, self._lane, self._name, self._module)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,9 +22,11 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
-from omni_ray.engine.media import decode_image, encode_outputs
+from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
+from omni_ray.engine.preview import Tail, clean_estimate, preview_steps
+from omni_ray.engine.replay import Answers, Arguments, Resumption, next_sample, sample_of, save
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
-from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
+from omni_ray.messages import Event, Failure, Job, Media, Preview, Snapshot, StepEvent, Usage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 Encode = Callable[[Any, Job], Iterable[Media]]
 
+SNAPSHOT_S = 0.25
+"""Seconds between two snapshots of a lane, at least: what may be lost of a request whose replica dies."""
+
+logger = logging.getLogger(__name__)
 _thread_pools = ThreadpoolController()
 
 
@@ -51,6 +59,7 @@ class Lane:
         emit: Emit | None,
         settle: Callable[[], object] = lambda: None,
         encode: Encode | None = None,
+        keeps_snapshots: bool = False,
     ) -> None:
         self.id = job.id
         self.job = job
@@ -70,7 +79,13 @@ class Lane:
         self.branches_skipped = 0
         self.kept: dict[tuple[str, str, int], Any] = {}  # what the caches keep of this request
         self.structures: dict[str, TreeSpec | None] = {}  # of its transformers' answers
+        self.warnings: list[str] = []
         self._gate = gate
+        self._generator = torch.Generator("cpu").manual_seed(job.seed or 0)
+        self._resumption = Resumption(job.resume, device) if job.resume else None
+        self._answers = Answers(gate, repeats=job.resume is not None) if job.resume or job.num_previews else None
+        self._num_previews = 0
+        self._saved_at = self.created if keeps_snapshots else math.inf
         self._settle = settle
         self._encode = encode or encode_outputs
         self._emit = emit or _tell_nobody
@@ -98,7 +113,7 @@ class Lane:
         own = copy.copy(pipe)
         for name, component in pipe.components.items():
             if isinstance(component, torch.nn.Module):
-                own.__dict__[name] = GatedModule(self._gate, self, name, component)
+                own.__dict__[name] = GatedModule(self._answers or self._gate, self, name, component)
             elif isinstance(component, (PreTrainedTokenizerBase, ProcessorMixin)):
                 own.__dict__[name] = Exclusive(component, lock)
             else:
@@ -113,8 +128,11 @@ class Lane:
 
         @functools.wraps(step)
         def counting_step(*args: Any, **kwargs: Any) -> Any:
+            if self._resumption is not None:
+                return self._pass_step(self._resumption, scheduler, (args, kwargs))
             result = step(*args, **kwargs)
             self._stepped(len(scheduler.timesteps))
+            self._show_and_save(scheduler, (args, kwargs), result)
             return result
 
         scheduler.step = counting_step
@@ -133,11 +151,48 @@ class Lane:
         )
         self._emit(event)
 
+    def _pass_step(self, resumption: Resumption, scheduler: Any, arguments: Arguments) -> Any:
+        """Take no step, but go on from the one that was saved."""
+        assert self._answers is not None
+        result = resumption.pass_step(scheduler, self._generator, arguments)
+        self._answers.begin_step()
+        self._branches_before, self.branches = self.branches, 0
+        if resumption.is_over:
+            self.step = self.steps_computed = resumption.step
+            self._resumption, self._answers.repeats = None, False
+        return result
+
+    def _show_and_save(self, scheduler: Any, arguments: Arguments, result: Any) -> None:
+        """A preview where one is due, on all ranks; and now and then what another rank needs to go on."""
+        if self._answers is not None:
+            self._answers.begin_step()
+            if self.step in preview_steps(self.job.num_previews, self.num_steps):
+                self._preview(clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result))
+        if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
+            data = save(self.step, next_sample(result), scheduler, self._generator)
+            self._emit(Snapshot(job_id=self.id, step=self.step, data=data))
+            self._saved_at = time.perf_counter()
+
+    def _preview(self, latents: torch.Tensor) -> None:
+        assert self._answers is not None
+        tail, own = Tail(self._answers, self._gate), copy.copy(self._pipe)
+        for name, part in vars(self._pipe).items():
+            if isinstance(part, GatedModule):
+                own.__dict__[name] = part.asking(tail)
+        try:
+            output = tail.run(own, self._call, latents)
+            for media in () if self._follows else encode_preview(output, self.job):
+                self._emit(Preview(job_id=self.id, index=self._num_previews, step=self.step, media=media))
+            self._num_previews += 1
+        except Exception as error:
+            logger.warning("no preview of %s", self.id, exc_info=error)
+            self.warnings.append(f"no preview after step {self.step}: {type(error).__name__}: {error}")
+
     def _run(self) -> None:
         started = time.perf_counter()
         try:
             with _one_openmp_thread():
-                output = self._call_pipeline()
+                output = self._call(self._pipe)
             self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
             for media in () if self._follows else self._encode(output, self.job):
                 self._emit(media)
@@ -150,20 +205,22 @@ class Lane:
             self._gate.leave(self)
             # These two hold the lane, which holds them: such a cycle would keep its tensors for a while.
             del self._pipe.scheduler.step, self._pipe
+            self._answers = None
             self.kept.clear()
 
-    def _call_pipeline(self) -> Any:
-        """Run the pipeline; the seed makes a CPU generator, so that an image does not depend on the kind of device."""
-        job, kwargs = self.job, dict(self.job.params)
+    def _call(self, pipe: Any) -> Any:
+        """Call a pipeline; its generator is a CPU's, so that an image does not depend on the kind of device."""
+        job, taken = self.job, inspect.signature(pipe.__call__).parameters
+        kwargs = {name: value for name, value in job.params.items() if name in taken}  # the API has checked the others
         if job.images:
             images = [decode_image(data) for data in job.images]
             kwargs["image"] = images[0] if len(images) == 1 else images
-        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-            if name in inspect.signature(self._pipe.__call__).parameters:
-                kwargs[name] = job.num_outputs
-        generator = torch.Generator("cpu").manual_seed(job.seed or 0)
+        if job.mask:
+            kwargs["mask_image"] = decode_mask(job.mask)
+        kwargs |= {n: job.num_outputs for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in taken}
+        generator = self._generator if pipe is self._pipe else torch.Generator("cpu").manual_seed(job.seed or 0)
         with torch.no_grad():
-            return self._pipe(**kwargs, generator=generator)
+            return pipe(**kwargs, generator=generator)
 
     def _usage(self, started: float) -> Usage:
         self._settle()
@@ -178,6 +235,7 @@ class Lane:
             peak_memory_gib=self.peak_memory_bytes / 2**30,
             queue_s=started - self.created,
             run_s=time.perf_counter() - started,
+            warnings=tuple(self.warnings),
         )
 
     def _explain(self, error: BaseException) -> OmniRayError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,8 @@ class EngineLoop:
     """Runs jobs through ``pipe`` until :meth:`stop`. ``submit`` and ``cancel`` may be called from any thread.
 
     ``device`` is where it computes; where that is not said, it is where the pipeline's weights are. ``encode`` makes
-    media of what a pipeline returns. ``on_forward`` is told of each forward (see :mod:`omni_ray.engine.clock`).
+    media of what a pipeline returns. ``edits`` are pipelines of the same modules for jobs with an ``image`` or a
+    ``mask``. ``on_forward`` is told of each forward (see :mod:`omni_ray.engine.clock`).
     """
 
     def __init__(
@@ -56,12 +59,16 @@ class EngineLoop:
         accelerators: Accelerators | None = None,
         device: torch.device | None = None,
         encode: Encode | None = None,
+        edits: Mapping[str, DiffusionPipeline] = MappingProxyType({}),
         on_forward: OnForward | None = None,
     ) -> None:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
         self._encode = encode
+        self._edits = edits
         self._has_cache = accelerators is not None and accelerators.teacache is not None
+        # What a cache keeps of a request is in no snapshot, and without it the image would be another one.
+        self._has_memory = self._has_cache or (accelerators is not None and accelerators.cache_dit is not None)
         self._num_admitted = 0
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
@@ -164,8 +171,10 @@ class EngineLoop:
         self._forget_ended()
         for job in turn.admit:
             emit = self._emits.pop(job.id, None)
-            owned = (self._pipe, self._device, self._gate, self._helper_lock)
-            lane = self._lanes[job.id] = Lane(job, *owned, emit, self._clock.busy, self._encode)
+            kind = "mask" if job.mask else "image" if job.images else "text"
+            owned = (self._edits.get(kind, self._pipe), self._device, self._gate, self._helper_lock)
+            lane = Lane(job, *owned, emit, self._clock.busy, self._encode, keeps_snapshots=not self._has_memory)
+            self._lanes[job.id] = lane
             lane.number, self._num_admitted = self._num_admitted, self._num_admitted + 1
             lane.start()
         for job_id in turn.cancel:

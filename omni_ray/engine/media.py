@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from omni_ray.errors import RequestError
-from omni_ray.messages import Job, Media
+from omni_ray.messages import FPS, Job, Media
 
-FPS = 16
-"""Frames per second of an encoded video where the request does not say (Wan's native rate)."""
+PREVIEW_QUALITY = 80
+"""Of a preview in JPEG or WebP, in percent, at most."""
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -24,16 +24,35 @@ def decode_image(data: bytes) -> Image.Image:
         raise RequestError(f"the input image cannot be read: {error}; send PNG, JPEG or WebP", param="image") from error
 
 
+def decode_mask(data: bytes) -> Image.Image:
+    """White where to draw anew: OpenAI's masks say so by being transparent, those of others by being white."""
+    mask = Image.open(io.BytesIO(data))
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        return ImageOps.invert(mask.convert("RGBA").getchannel("A"))
+    return mask.convert("L")
+
+
 def encode_outputs(output: Any, job: Job) -> Iterator[Media]:
     """Each image or video of a pipeline's output object, encoded in the job's format."""
     if (frames := getattr(output, "frames", None)) is not None:
         for index, clip in enumerate(frames):
             array = np.stack([np.asarray(frame) for frame in clip])
-            yield _media(job, index, encode_video(array), array.shape, "mp4")
+            yield _media(job, index, encode_video(array, job.fps or FPS), array.shape, "mp4")
         return
     for index, image in enumerate(output.images):
         data = encode_image(image, job.format, job.compression)
         yield _media(job, index, data, (1, image.height, image.width), job.format)
+
+
+def encode_preview(output: Any, job: Job) -> Iterator[Media]:
+    """The first image of a pipeline's output, or the first frame, at the size that the job asks for."""
+    image = output.images[0] if getattr(output, "frames", None) is None else output.frames[0][0]
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8))
+    size = job.params.get("width", image.width), job.params.get("height", image.height)
+    format = "jpeg" if job.format == "mp4" else job.format
+    data = encode_image(image.resize(size), format, min(job.compression, PREVIEW_QUALITY))
+    yield _media(job, 0, data, (1, size[1], size[0]), format)
 
 
 def encode_image(image: Image.Image, format: str, compression: int) -> bytes:

@@ -100,6 +100,7 @@ class Rank:
         from omni_ray.accel.apply import accelerate
         from omni_ray.accel.capabilities import read_capabilities
         from omni_ray.accel.compile import is_compiled
+        from omni_ray.accel.edits import edit_pipelines
         from omni_ray.accel.loader import load_pipeline, read_parts, resolve
         from omni_ray.accel.parallel import build_mesh
         from omni_ray.engine.exchange import Exchange
@@ -124,9 +125,10 @@ class Rank:
         self._warnings = accelerators.warnings
         for warning in accelerators.warnings:
             logger.warning("%s: %s", group.id, warning)
-        capabilities = self._within_memory(read_capabilities(pipe, folder, group), device)
-        on_forward = self._meters.forward
-        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device, on_forward=on_forward)
+        edits = edit_pipelines(pipe)
+        capabilities = self._within_memory(read_capabilities(pipe, folder, group, edits), device)
+        options: dict[str, Any] = {"edits": edits, "on_forward": self._meters.forward}
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device, **options)
         self._loop.start()
         if is_compiled(group.compile, device) and lockstep.leads:
             report("compiling")
@@ -204,7 +206,7 @@ class Rank:
 
     def _truth(self, usage: Usage) -> Usage:
         """The job's cost with what the group was asked for and is not doing."""
-        cache, warnings = self._group.cache.kind, list(self._warnings)
+        cache, warnings = self._group.cache.kind, [*self._warnings, *usage.warnings]
         if cache != "none" and not usage.steps_skipped:
             warnings.append(f"cache {cache}: none of the {usage.steps_computed} steps could be skipped")
         return dataclasses.replace(usage, cache=cache, warnings=tuple(warnings))

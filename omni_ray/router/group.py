@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator
 
 from ray.exceptions import RayActorError
@@ -14,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from omni_ray import metrics
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Overloaded, Unavailable
-from omni_ray.messages import Capabilities, Event, Failure, Job, Media, Queued, StepEvent, Usage
+from omni_ray.messages import Capabilities, Event, Failure, Job, Media, Queued, Snapshot, StepEvent, Usage
 from omni_ray.meters import Meters
 from omni_ray.router import balance
 from omni_ray.router.cost import CostModel
@@ -34,11 +35,11 @@ class GroupDispatcher:
         self._handle = handle
         self._costs = CostModel()
         self._meters = Meters.of(spec)
-        self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._capacity)
+        self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._num_replicas, spec.batching.max_num_seqs)
         self.capabilities: Capabilities | None = None
 
-    def _capacity(self) -> int:
-        return max(balance.num_replicas.get(self._handle.deployment_name, 1), 1) * self._spec.batching.max_num_seqs
+    def _num_replicas(self) -> int:
+        return max(balance.num_replicas.get(self._handle.deployment_name, 1), 1)
 
     async def describe(self) -> Capabilities:
         """What the group's pipeline accepts; waits until a replica is up."""
@@ -46,19 +47,31 @@ class GroupDispatcher:
             self.capabilities = await self._handle.describe.remote()
         return self.capabilities
 
-    async def run(self, job: Job) -> AsyncIterator[Event]:
-        """The job's events. The last one is exactly one Usage or Failure, whatever happens to the replicas."""
+    def admit(self, job: Job, *, always: bool = False) -> JobRecord:
+        """Queue the job; Overloaded if the queue is full and not ``always``. It then has to be run."""
+        if self.capabilities is not None:
+            job = dataclasses.replace(job, params=self.capabilities.defaults | job.params)
         record = JobRecord(job=job, cost_s=self._costs.estimate_s(job))
         try:
-            self.queue.admit(record)
+            self.queue.admit(record, always=always)
+        except Overloaded:
+            self._meters.count(metrics.REFUSED)
+            raise
+        return record
+
+    async def run(self, record: JobRecord) -> AsyncIterator[Event]:
+        """The events of an admitted job. The last one is exactly one Usage or Failure, whatever happens to the
+        replicas."""
+        job = record.job
+        try:
             async for place in self.queue.wait_turn(record):
-                yield Queued(job_id=job.id, position=place, start_s=self.queue.start_s(record))
+                start_s, end_s = self.queue.estimate_s(record)
+                yield Queued(job_id=job.id, position=place, start_s=start_s, end_s=end_s)
             record.state = "running"
             self._meters.observe(metrics.QUEUE_S, time.monotonic() - record.created, hop="router")
             async for event in self._attempts(record):
                 yield event
         except OmniRayError as error:
-            self._meters.count(metrics.REFUSED, isinstance(error, Overloaded))
             record.state = "failed"
             yield Failure(job_id=job.id, error=error)
         finally:
@@ -69,6 +82,7 @@ class GroupDispatcher:
     async def _attempts(self, record: JobRecord) -> AsyncIterator[Event]:
         """Media are held back until the job is whole, so that a second attempt cannot send them twice."""
         media: list[Media] = []
+        last_step = 0
         while True:
             record.attempts += 1
             media.clear()
@@ -95,22 +109,28 @@ class GroupDispatcher:
                     record.job.id,
                     error,
                 )
+                if record.resume and record.resume.step > last_step:  # it gets on
+                    last_step, record.attempts = record.resume.step, 0
                 if record.attempts == MAX_ATTEMPTS:
                     raise Unavailable(
                         f"{self._spec.id} lost its replica {MAX_ATTEMPTS} times while it ran this request"
                     ) from error
-                record.progress = 0.0
+                record.progress = record.resume.step / record.num_steps if record.resume else 0.0
 
     async def _attempt(self, record: JobRecord) -> AsyncIterator[Event]:
         """One attempt, under an id of its own: the replica may still be unwinding the one before."""
-        attempt = dataclasses.replace(record.job, id=f"{record.job.id}.{record.attempts}")
+        resume = record.resume.data if record.resume else record.job.resume
+        attempt = dataclasses.replace(record.job, id=f"{record.job.id}.{uuid.uuid4().hex[:6]}", resume=resume)
         balance.remaining_s[attempt.id] = record.remaining_s
         stream = self._handle.options(stream=True).run.remote(attempt)
         try:
             async for event in stream:
                 if isinstance(event, StepEvent):
-                    record.progress = event.step / event.num_steps
+                    record.num_steps, record.progress = event.num_steps, event.step / event.num_steps
                     balance.remaining_s[attempt.id] = record.remaining_s
+                    event = dataclasses.replace(event, end_s=self.queue.estimate_s(record)[1])
+                elif isinstance(event, Snapshot):
+                    record.resume = event
                 yield dataclasses.replace(event, job_id=record.job.id)
         finally:
             balance.remaining_s.pop(attempt.id, None)
@@ -118,4 +138,5 @@ class GroupDispatcher:
 
     def _finish(self, record: JobRecord, usage: Usage) -> None:
         record.state = "done"
-        self._costs.learn(record.job, usage.device_s)
+        if record.resume is None and record.job.resume is None:  # else it tells a part of the cost only
+            self._costs.learn(record.job, usage.device_s)

@@ -6,19 +6,22 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from omni_ray.messages import Job
+from omni_ray.messages import Job, Snapshot
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 @dataclass(slots=True)
 class JobRecord:
-    """``cost_s`` is the estimate of the whole job in device seconds; ``progress`` goes from 0 to 1."""
+    """``cost_s`` is the estimate of the whole job in device seconds; ``progress`` goes from 0 to 1. A further attempt
+    goes on from ``resume``."""
 
     job: Job
     cost_s: float
+    resume: Snapshot | None = None
     state: State = "queued"
     progress: float = 0.0
+    num_steps: int = 1
     attempts: int = 0
     created: float = field(default_factory=time.monotonic)
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 from omni_ray.errors import Overloaded
+from omni_ray.router.estimate import play_forward
 from omni_ray.router.jobs import JobRecord
 
-RETRY_AFTER_S = (1.0, 60.0)
-"""Bounds of the Retry-After that a refused request is told."""
+RETELL_S = 1.0
+"""A queued job is told its estimated start this often, even if its place is the same."""
+
+RETURNS_AFTER_S = 2.0
+"""A refused client that has not come back so long after its time is no longer reckoned with."""
 
 
 class GroupQueue:
-    """``capacity`` tells how many jobs may run now: it changes as replicas come and go."""
+    """``num_replicas`` tells how many there are now, ``places_each`` how many jobs each of them runs at once."""
 
-    def __init__(self, group: str, max_queued: int, capacity: Callable[[], int]) -> None:
+    def __init__(self, group: str, max_queued: int, num_replicas: Callable[[], int], places_each: int) -> None:
         self._group = group
         self._max_queued = max_queued
-        self._capacity = capacity
+        self._num_replicas = num_replicas
+        self._places_each = places_each
         self._changed = asyncio.Condition()
+        self._returns: list[float] = []  # when the clients that were refused were told to come back
         self.queued: list[JobRecord] = []
         self.running: list[JobRecord] = []
 
@@ -28,34 +35,59 @@ class GroupQueue:
         """Device seconds of all work that is queued or running."""
         return sum(record.remaining_s for record in (*self.queued, *self.running))
 
-    def start_s(self, record: JobRecord) -> float:
-        """Seconds until the queued job should start: the work before it, shared by the places that there are."""
-        before = self.queued[: self.queued.index(record)]
-        return sum(r.remaining_s for r in (*before, *self.running)) / max(self._capacity(), 1)
+    @property
+    def _num_places(self) -> int:
+        return self._num_replicas() * self._places_each
 
-    def admit(self, record: JobRecord) -> None:
-        """Queue the job; Overloaded, with the seconds to wait, if the queue is full."""
-        if len(self.queued) >= self._max_queued:
-            wait_s = min(max(self.outstanding_s / max(self._capacity(), 1) / 2, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
-            raise Overloaded(
-                f"{self._group} has {len(self.queued)} requests queued, and its limit is {self._max_queued}; "
-                f"try again in {wait_s:.0f} s",
-                retry_after_s=wait_s,
-            )
-        self.queued.append(record)
+    def estimate_s(self, record: JobRecord) -> tuple[float, float]:
+        """Seconds until the job starts (0 if it runs), and until it ends."""
+        ends, starts = self._play_forward()
+        place = [*self.running, *self.queued].index(record)
+        return starts[place - len(self.running)] if place >= len(self.running) else 0.0, ends[place]
+
+    def _play_forward(self, more: int = 0) -> tuple[list[float], list[float]]:
+        """With ``more`` jobs behind the queue, each as large as the mean of those that there are."""
+        running, queued = ([r.remaining_s for r in jobs] for jobs in (self.running, self.queued))
+        mean = sum(r.cost_s for r in (*self.running, *self.queued)) / max(len(running) + len(queued), 1)
+        return play_forward(running, [*queued, *[mean] * more], self._num_replicas(), self._num_places)
+
+    def admit(self, record: JobRecord, *, always: bool = False) -> None:
+        """Queue the job; Overloaded, with the seconds to wait, if the queue is full and not ``always``."""
+        now = time.monotonic()
+        self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
+        due = min(self._returns, default=None)
+        if always or len(self.queued) < self._max_queued:
+            if due is not None and due <= now + RETURNS_AFTER_S:
+                self._returns.remove(due)
+            self.queued.append(record)
+            return
+        raise self._refusal(now)
+
+    def _refusal(self, now: float) -> Overloaded:
+        """A place in the queue is free when its first job starts; those who were refused before come first."""
+        _, starts = self._play_forward(more=len(self._returns) + 1)
+        wait_s = max(starts[min(len(self._returns), len(starts) - 1)], 1.0)
+        self._returns.append(now + wait_s)
+        return Overloaded(
+            f"{self._group} has {len(self.queued)} requests queued, and its limit is {self._max_queued}; "
+            f"try again in {wait_s:.0f} s",
+            retry_after_s=wait_s,
+        )
 
     async def wait_turn(self, record: JobRecord) -> AsyncIterator[int]:
-        """Yield the job's place in the queue (0 is the front) whenever it changes; return when the job may run."""
-        told: int | None = None
-        while (place := self.queued.index(record)) > 0 or len(self.running) >= self._capacity():
-            if place != told:
-                told = place
+        """Yield the job's place in the queue (0 is the front) now and then, and at once when it changes; return when
+        the job may run."""
+        told: tuple[int, float] | None = None
+        while (place := self.queued.index(record)) > 0 or len(self.running) >= self._num_places:
+            now = time.monotonic()
+            if told is None or place != told[0] or now - told[1] >= RETELL_S:
+                told = (place, now)
                 yield place
             async with self._changed:
                 try:
-                    await asyncio.wait_for(self._changed.wait(), timeout=1.0)
+                    await asyncio.wait_for(self._changed.wait(), timeout=RETELL_S)
                 except TimeoutError:
-                    continue  # look again: the capacity may have changed
+                    continue  # look again: the number of replicas may have changed
         self.queued.remove(record)
         self.running.append(record)
         await self._notify()

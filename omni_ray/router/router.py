@@ -17,9 +17,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
 from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
-from omni_ray.messages import Event, GroupStatus, Job, LoadProgress, Route
+from omni_ray.errors import Overloaded
+from omni_ray.messages import Event, Failure, GroupStatus, Job, LoadProgress, Route, Snapshot
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.meters import tell_forever
+from omni_ray.router.runner import JobRunner
+from omni_ray.store.store import Store
+from omni_ray.store.stored import StoredJob
 
 STATUS_MAX_AGE_S = 0.5
 
@@ -27,10 +31,13 @@ STATUS_MAX_AGE_S = 0.5
 class Router:
     """``handles`` are those of the DiT groups, by group id; ``deployments`` name every group's deployment."""
 
-    def __init__(self, spec: OmniSpec, handles: dict[str, DeploymentHandle], deployments: dict[str, str]) -> None:
+    async def __init__(  # type: ignore[misc]
+        self, spec: OmniSpec, handles: dict[str, DeploymentHandle], deployments: dict[str, str]
+    ) -> None:
         self._spec = spec
         self._deployments = deployments
         self._groups = {g.id: GroupDispatcher(g, handles[g.id]) for g in spec.groups if isinstance(g, DitGroup)}
+        self._runner = JobRunner(Store(spec.jobs), self._groups, spec.jobs.expire_after_s)
         self._progress: dict[str, dict[str, LoadProgress]] = {g.id: {} for g in spec.groups}
         self._application = serve.get_replica_context().app_name
         self._overview: ApplicationStatusOverview | None = None
@@ -41,10 +48,26 @@ class Router:
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """Run a DiT job. Yields its events, last exactly one Usage or Failure; closing the stream cancels the job."""
         dispatcher = self._groups[job.group]
-        if dispatcher.capabilities is not None:
-            job = dataclasses.replace(job, params=dispatcher.capabilities.defaults | job.params)
-        async for event in dispatcher.run(job):
-            yield event
+        try:
+            record = dispatcher.admit(job)
+        except Overloaded as error:
+            yield Failure(job_id=job.id, error=error)
+            return
+        async for event in dispatcher.run(record):
+            if not isinstance(event, Snapshot):
+                yield event
+
+    async def submit(self, stored: StoredJob, images: tuple[bytes, ...], mask: bytes | None) -> StoredJob:
+        """See :meth:`JobRunner.submit`."""
+        return await self._runner.submit(stored, images, mask)
+
+    async def cancel(self, job_id: str) -> StoredJob | None:
+        """See :meth:`JobRunner.cancel`."""
+        return await self._runner.cancel(job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """See :meth:`JobRunner.delete`."""
+        await self._runner.delete(job_id)
 
     async def report(self, progress: LoadProgress) -> None:
         """A replica tells what it does while it loads."""
@@ -93,7 +116,8 @@ class Router:
                 self._describing[group.id] = asyncio.create_task(dispatcher.describe())
             return limits
         described = dataclasses.asdict(dispatcher.capabilities)
-        return limits | described | {"fields": sorted(described["fields"])}
+        edits = {kind: sorted(fields) for kind, fields in described["edits"].items()}
+        return limits | described | {"fields": sorted(described["fields"]), "edits": edits}
 
     async def status(self) -> tuple[GroupStatus, ...]:
         """Replicas, load progress and queue of every group, as Ray Serve and the replicas tell it."""

@@ -25,8 +25,8 @@ CACHE = {"kind": "teacache", "threshold": 1e9, "max_consecutive_skips": 1, "coef
 
 def pipeline() -> Any:
     """Wan2.2 with two experts of about 100 MiB, beside which all else is small."""
-    pipe = wan()
     torch.manual_seed(0)
+    pipe = wan()
     for name in ("transformer", "transformer_2"):
         config = dict(pipe.components[name].config) | {"num_layers": 12, "ffn_dim": 8192, "num_attention_heads": 16}
         expert = WanTransformer3DModel.from_config(config).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ import pytest
 
 from omni_ray.api.chat import Reply, read_prompt
 from omni_ray.api.jobs import Result
-from omni_ray.api.limits import make_job
+from omni_ray.api.limits import Inputs, make_job
 from omni_ray.api.pipeline import Rewritten
 from omni_ray.api.protocol import ChatRequest, ImagesRequest, parse
 from omni_ray.errors import RequestError
@@ -27,6 +27,7 @@ LIMITS = {
     "max_outputs": 4,
     "max_frames": 1,
     "max_prompt_chars": 100,
+    "edits": {},
 }
 VIDEO_LIMITS = LIMITS | {
     "output": "video",
@@ -45,9 +46,11 @@ def images(**fields: Any) -> ImagesRequest:
     return parse(ImagesRequest, {"model": "m", "prompt": "a red circle"} | fields)
 
 
-def job_of(limits: dict[str, Any] = LIMITS, pictures: tuple[bytes, ...] = (), **fields: Any) -> Any:
+def job_of(
+    limits: dict[str, Any] = LIMITS, pictures: tuple[bytes, ...] = (), mask: bytes | None = None, **fields: Any
+) -> Any:
     request = images(**fields)
-    return make_job(request, request.prompt, pictures, route(limits), "r")
+    return make_job(request, Inputs(prompt=request.prompt, images=pictures, mask=mask), route(limits), "r")
 
 
 def chat(*content: Any, **fields: Any) -> ChatRequest:
@@ -65,7 +68,9 @@ def test_a_request_becomes_a_job() -> None:
 def test_nothing_said_leaves_all_to_the_pipeline() -> None:
     job = job_of(size="auto", seed=None)
     assert job.params == {"prompt": "a red circle"}
-    assert (job.num_outputs, job.seed, job.format) == (1, None, "png")
+    assert (job.num_outputs, job.format) == (1, "png")
+    assert 0 <= job.seed < 2**32
+    assert job_of().seed != job.seed
     assert job_of(VIDEO_LIMITS).format == "mp4"
 
 
@@ -94,7 +99,6 @@ def test_extra_body_counts_as_the_body() -> None:
         ({"size": "256x256", "width": 128}, None, "size 256x256 contradicts width 128"),
         ({"prompt": None}, "prompt", "valid string, not None"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"stream": True}, "stream", "not supported on this path"),
         ({"quality": "hd"}, "quality", "'auto' or 'standard', not 'hd'"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
         ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
@@ -161,6 +165,15 @@ def test_frames_and_input_images() -> None:
         job_of(VIDEO_LIMITS, num_frames=10)
     with pytest.raises(RequestError, match="image: is not taken"):
         job_of(LIMITS, (b"png",))
+
+
+def test_the_pipelines_that_edit_take_other_fields() -> None:
+    limits = LIMITS | {"edits": {"image": [*LIMITS["fields"], "image", "strength"]}}  # type: ignore[misc]
+    assert job_of(limits, (b"png",), strength=0.5).params["strength"] == 0.5
+    with pytest.raises(RequestError, match="strength: is not taken by the pipeline"):
+        job_of(limits, strength=0.5)
+    with pytest.raises(RequestError, match="mask: is not taken"):
+        job_of(limits, (b"png",), b"mask")
 
 
 def test_the_last_user_message_is_the_prompt() -> None:

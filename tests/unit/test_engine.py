@@ -138,7 +138,7 @@ def test_one_by_one_equals_the_plain_pipeline_bit_for_bit(family: str, engine: A
 @pytest.mark.parametrize("family", sorted(VIDEO))
 def test_videos_come_out_whole(family: str, engine: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clips: list[Any] = []
-    monkeypatch.setattr("omni_ray.engine.media.encode_video", lambda frames: clips.append(frames) or b"mp4")
+    monkeypatch.setattr("omni_ray.engine.media.encode_video", lambda frames, fps: clips.append(frames) or b"mp4")
     running = engine(family)
     running.submit(job(family, 0, "a wave", 4))
     events = running.result(f"{family}-0")

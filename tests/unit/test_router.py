@@ -11,10 +11,11 @@ from ray.exceptions import RayActorError
 
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import Overloaded, Unavailable
-from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
+from omni_ray.messages import Event, Failure, Job, Media, Snapshot, StepEvent, Usage
 from omni_ray.router import balance
 from omni_ray.router.balance import LeastSeconds
 from omni_ray.router.cost import CostModel
+from omni_ray.router.estimate import play_forward
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
@@ -53,12 +54,12 @@ async def places(queue: GroupQueue, record: JobRecord) -> list[int]:
 
 
 async def test_the_queue_is_first_in_first_out_and_tells_the_place() -> None:
-    queue = GroupQueue("m", max_queued=8, capacity=lambda: 1)
+    queue = GroupQueue("m", max_queued=8, num_replicas=lambda: 1, places_each=1)
     records = [JobRecord(job=job(str(i)), cost_s=2.0) for i in range(3)]
     for record in records:
         queue.admit(record)
     assert await places(queue, records[0]) == []
-    assert queue.start_s(records[2]) == pytest.approx(4.0)
+    assert queue.estimate_s(records[2]) == pytest.approx((4.0, 6.0))
     waiting = [asyncio.create_task(places(queue, record)) for record in records[1:]]
     await asyncio.sleep(0)
     await queue.leave(records[0])
@@ -69,12 +70,26 @@ async def test_the_queue_is_first_in_first_out_and_tells_the_place() -> None:
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    queue = GroupQueue("m", max_queued=2, capacity=lambda: 1)
-    for i in range(2):
-        queue.admit(JobRecord(job=job(str(i)), cost_s=30.0))
-    with pytest.raises(Overloaded, match="2 requests queued, and its limit is 2") as refused:
-        queue.admit(JobRecord(job=job("x"), cost_s=30.0))
-    assert refused.value.retry_after_s == pytest.approx(30.0)
+    queue = GroupQueue("m", max_queued=2, num_replicas=lambda: 1, places_each=1)
+    records = [JobRecord(job=job(str(i)), cost_s=30.0) for i in range(3)]
+    for record in records:
+        queue.admit(record, always=True)
+    assert await places(queue, records[0]) == []
+    for expected in (30.0, 60.0, 90.0):  # whoever was refused before comes back first
+        with pytest.raises(Overloaded, match="2 requests queued, and its limit is 2") as refused:
+            queue.admit(JobRecord(job=job("x"), cost_s=30.0))
+        assert refused.value.retry_after_s == pytest.approx(expected)
+
+
+def test_the_queue_is_played_forward() -> None:
+    # Two places on one device: both running jobs go at half speed, until the shorter one ends at 4.
+    ends, starts = play_forward([2.0, 5.0], [3.0], num_replicas=1, num_places=2)
+    assert (ends, starts) == (pytest.approx([4.0, 10.0, 10.0]), pytest.approx([4.0]))
+    # Two devices: each job has one for itself.
+    ends, starts = play_forward([2.0, 5.0], [3.0], num_replicas=2, num_places=2)
+    assert (ends, starts) == (pytest.approx([2.0, 5.0, 5.0]), pytest.approx([2.0]))
+    # A lone job is no faster for a second device.
+    assert play_forward([], [4.0], num_replicas=2, num_places=2) == ([4.0], [0.0])
 
 
 class Replicas:
@@ -85,11 +100,13 @@ class Replicas:
     def __init__(self, script: list[list[Event | Exception]]) -> None:
         self.script = script
         self.run = self
+        self.asked: list[Job] = []
 
     def options(self, **_: Any) -> Replicas:
         return self
 
     def remote(self, each: Job) -> Stream:
+        self.asked.append(each)
         return Stream(self.script.pop(0))
 
 
@@ -115,13 +132,25 @@ USAGE = Usage(job_id="j", seed=1, steps_computed=2, steps_skipped=0, device_s=1.
 async def run(script: list[list[Event | Exception]]) -> list[Event]:
     group = DitGroup(type="dit", name="m", source="x")
     handle: Any = Replicas(script)
-    return [event async for event in GroupDispatcher(group, handle).run(job())]
+    dispatcher = GroupDispatcher(group, handle)
+    return [event async for event in dispatcher.run(dispatcher.admit(job()))]
 
 
 async def test_a_job_whose_replica_dies_runs_again_and_its_media_come_once() -> None:
     events = await run([[STEP, MEDIA, RayActorError()], [STEP, MEDIA, USAGE]])
     assert [type(event) for event in events] == [StepEvent, StepEvent, Media, Usage]
     assert not balance.remaining_s
+
+
+async def test_a_lost_job_goes_on_from_its_last_snapshot() -> None:
+    snapshot = Snapshot(job_id="j", step=1, data=b"latents")
+    replicas = Replicas([[STEP, snapshot, RayActorError()]] + [[RayActorError()]] * 2 + [[USAGE]])
+    handle: Any = replicas
+    dispatcher = GroupDispatcher(DitGroup(type="dit", name="m", source="x"), handle)
+    events = [event async for event in dispatcher.run(dispatcher.admit(job()))]
+    assert isinstance(events[-1], Usage)
+    assert [each.resume for each in replicas.asked] == [None, b"latents", b"latents", b"latents"]
+    assert len({each.id for each in replicas.asked}) == 4
 
 
 async def test_three_lost_replicas_end_in_one_clear_error() -> None:

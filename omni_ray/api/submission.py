@@ -1,0 +1,25 @@
+"""Who asks, and under which id: what of an HTTP request matters beside its body."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from fastapi import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """``user`` is the name of the API key; requests with the same ``idempotency_key`` are one."""
+
+    request_id: str
+    user: str = ""
+    idempotency_key: str | None = None
+
+    @staticmethod
+    def of(request: Request) -> Submission:
+        return Submission(
+            request_id=request.headers.get("x-request-id") or str(uuid.uuid4()),
+            user=getattr(request.state, "user", ""),
+            idempotency_key=request.headers.get("idempotency-key"),
+        )

@@ -1,0 +1,125 @@
+"""Going on with a request where another lane left it.
+
+An unmodified pipeline has no door into the middle of its loop. But all that the loop carries from step to step are the
+latents, the scheduler's state and the random generator's. So a lane that goes on after step n runs the pipeline from
+the start: up to there its transformers answer again what they answered in the first step, its scheduler hands on the
+latents as they are, and at step n what was saved takes their place.
+"""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from omni_ray.engine.lane import Lane
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Computes(Protocol):
+    """What the modules of a lane hand their calls to: the gate, or something in front of it."""
+
+    def compute(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+def is_denoising(name: str, method: str) -> bool:
+    """Whether a call is a forward of a transformer."""
+    return name.startswith("transformer") and method == "forward"
+
+
+class Answers:
+    """Hands a lane's calls on, and keeps the answers: all before the first step, and then each transformer's last.
+
+    While ``repeats`` is set, a transformer that has answered before in the same place of a step answers the same again.
+    """
+
+    def __init__(self, gate: Computes, repeats: bool) -> None:
+        self._gate = gate
+        self.repeats = repeats
+        self.before: list[Any] = []
+        self.last: dict[tuple[str, int], Any] = {}
+        self._ordinal = 0
+
+    def begin_step(self) -> None:
+        self._ordinal = 0
+
+    def compute(self, lane: Lane, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_denoising(name, method):
+            result = self._gate.compute(lane, name, method, args, kwargs)
+            if not self.last:
+                self.before.append(result)
+            return result
+        place, self._ordinal = (name, self._ordinal), self._ordinal + 1
+        if not self.repeats or place not in self.last:
+            self.last[place] = self._gate.compute(lane, name, method, args, kwargs)
+        return self.last[place]
+
+
+def save(step: int, sample: torch.Tensor, scheduler: Any, generator: torch.Generator) -> bytes:
+    """What a lane needs to go on after ``step`` steps, the last of which gave ``sample``."""
+    state = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
+    buffer = io.BytesIO()
+    torch.save({"step": step, "sample": sample, "scheduler": state, "generator": generator.get_state()}, buffer)
+    return buffer.getvalue()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be loaded without running any code."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, (torch.Tensor, bool, int, float, str, type(None)))
+
+
+class Resumption:
+    """Brings a lane to where :func:`save` left another one of the same job."""
+
+    def __init__(self, saved: bytes, device: torch.device) -> None:
+        self._saved = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
+        self.step: int = self._saved["step"]
+        self._passed = 0
+
+    def pass_step(self, scheduler: Any, generator: torch.Generator, arguments: Arguments) -> Any:
+        """The result of a step of the scheduler that is not taken. At the last one the saved state is in place."""
+        self._passed += 1
+        sample = sample_of(arguments)
+        if self.is_over:
+            for name, value in self._saved["scheduler"].items():
+                setattr(scheduler, name, _placed(value, getattr(scheduler, name, None)))
+            generator.set_state(self._saved["generator"].cpu())
+            sample = self._saved["sample"].to(sample.device)
+        return as_result(sample, arguments)
+
+    @property
+    def is_over(self) -> bool:
+        return self._passed >= self.step
+
+
+def _placed(value: Any, before: Any) -> Any:
+    """A saved tensor where the one before it was: schedulers keep some of theirs on the CPU."""
+    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
+        return value.to(before.device)
+    return value
+
+
+def sample_of(arguments: Arguments) -> torch.Tensor:
+    """The latents that a scheduler's step is called with: `step(model_output, timestep, sample, ...)`."""
+    args, kwargs = arguments
+    sample: torch.Tensor = kwargs["sample"] if "sample" in kwargs else args[2]
+    return sample
+
+
+def next_sample(result: Any) -> torch.Tensor:
+    """The latents that a scheduler's step gave."""
+    sample: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return sample
+
+
+def as_result(sample: torch.Tensor, arguments: Arguments) -> Any:
+    """``sample`` as the result of a scheduler's step that was called with ``arguments``."""
+    if arguments[1].get("return_dict", True):
+        return SimpleNamespace(prev_sample=sample, pred_original_sample=sample, denoised=sample)
+    return sample, sample
