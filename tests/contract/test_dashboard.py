@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from omni_ray.metrics import METRICS
+from omni_ray import metrics
 from tests.conftest import Server
 from tests.dashboard import FILE
 
@@ -28,10 +28,10 @@ DEADLINE_S = 180.0
 """Ray exports every 10 s, and a rate needs two scrapes."""
 
 NOTHING_HERE = {
-    "ray_omni_ray_device_memory_bytes": "there is no GPU",
+    metrics.MEMORY.shown: "there is no GPU",
     "ray_node_gram_used": "there is no GPU",
-    "ray_omni_ray_offload_seconds_total": "the demo's models are not offloaded",
-    "ray_omni_ray_refused_jobs_total": "the queue is never full",
+    metrics.OFFLOAD_S.shown: "the demo's models are not offloaded",
+    metrics.REFUSED.shown: "the queue is never full",
 }
 """Metrics that have no value on this server, and why."""
 
@@ -124,24 +124,23 @@ def test_every_query_of_the_dashboard_has_data(server: Server, prometheus: httpx
 
 def test_requests_are_told_by_model_and_outcome(server: Server, prometheus: httpx.Client) -> None:
     use(server)
+    body = {"model": "demo-image", "prompt": "a red circle", "num_inference_steps": 200}
     with pytest.raises(httpx.ReadTimeout):
-        body = {"model": "demo-image", "prompt": "a red circle", "num_inference_steps": 200}
         httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=1)
     told = [("demo-image", "2xx"), ("demo-image", "left"), ("demo-chat", "2xx"), ("demo-omni", "2xx"), ("", "4xx")]
-    wanted = {
-        f'ray_omni_ray_http_requests_total{{model="{model}", outcome="{outcome}"}} > 0' for model, outcome in told
-    }
+    name = metrics.HTTP_REQUESTS.shown
+    wanted = {f'{name}{{model="{model}", outcome="{outcome}"}} > 0' for model, outcome in told}
     deadline = time.monotonic() + DEADLINE_S
     while missing := {each for each in wanted if not has_data(prometheus, each)}:
         assert time.monotonic() < deadline, missing
         time.sleep(2)
-    assert not has_data(prometheus, 'ray_omni_ray_http_requests_total{path="/metrics"}')
+    assert not has_data(prometheus, f'{name}{{path="/metrics"}}')
 
 
 def test_our_names_and_units_are_what_prometheus_advises(server: Server) -> None:
     """Of the labels only Ray's own are camelCase."""
     page = httpx.get(f"{server.url}/metrics", timeout=30).text
-    names = "|".join(metric.shown for metric in METRICS)
+    names = "|".join(metric.shown for metric in metrics.METRICS)
     ours = "".join(f"{line}\n" for line in page.splitlines() if re.match(rf"(# (HELP|TYPE) )?({names})", line))
     check = [binary("promtool"), "check", "metrics"]
     said = subprocess.run(check, input=ours, capture_output=True, text=True, timeout=60)
