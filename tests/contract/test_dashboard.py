@@ -32,9 +32,9 @@ NOTHING_HERE = {
     metrics.OFFLOAD_S.shown: "the demo's models are not offloaded",
     metrics.REFUSED.shown: "the queue is never full",
 }
+"""Metrics that need have no value on this server, and why."""
 if not torch.cuda.is_available():
     NOTHING_HERE |= dict.fromkeys((metrics.MEMORY.shown, "ray_node_gram_used"), "there is no GPU")
-"""Metrics that need have no value on this server, and why."""
 
 CONFIG = """\
 global: {{scrape_interval: 5s, scrape_timeout: 5s}}
