@@ -10,6 +10,7 @@ serve: setup    # serve a YAML file; another one: make serve FILE=deployments/ot
 	$(BIN)/omni-ray serve $(FILE)
 
 test: setup     # all tests; some of them: make test ARGS="tests/unit -k router"
+	@scripts/prometheus
 	$(BIN)/pytest $(ARGS)
 
 check: setup    # style, types, import rules, shape
@@ -19,5 +20,6 @@ check: setup    # style, types, import rules, shape
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/unit/test_shape.py
 
-docs: setup     # docs/configuration.md from the spec
+docs: setup     # docs/configuration.md from the spec, docs/metrics.md from the table of metrics
 	$(BIN)/python -m omni_ray.config.docs > docs/configuration.md
+	$(BIN)/python -m omni_ray.metrics > docs/metrics.md

@@ -14,6 +14,7 @@ FPS = 16
 """Frames per second of a video where the request does not say (Wan's native rate)."""
 
 MediaFormat = Literal["png", "jpeg", "webp", "mp4"]
+LoadPhase = Literal["starting", "loading weights", "compiling", "ready", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,7 @@ class LoadProgress:
 
     group: str
     replica_id: str
-    phase: Literal["starting", "loading weights", "compiling", "ready", "failed"]
+    phase: LoadPhase
     done_bytes: int = 0
     total_bytes: int = 0
     detail: str = ""

@@ -21,6 +21,7 @@ from omni_ray.api.forward import PATHS, Forwarder
 from omni_ray.api.images import Images
 from omni_ray.api.jobs import Jobs
 from omni_ray.api.limits import Inputs
+from omni_ray.api.meters import UNCOUNTED, Measured
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
 from omni_ray.api.pipeline import Drawer
@@ -62,6 +63,7 @@ class Api:
         app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
         for kind in (OmniRayError, HTTPException, Exception):
             app.add_exception_handler(kind, answer_error)
+        app.add_middleware(Measured)
         self._add_routes(app)
         describe(app)
         return app
@@ -84,9 +86,9 @@ class Api:
         self._add_job_routes(app)
         app.add_api_route("/v1/models", models.models, **get, tags=["models"])
         app.add_api_route("/v1/models/{name:path}", models.model, **get, tags=["models"])
-        app.add_api_route("/health", models.health, **get, tags=["operation"])
-        app.add_api_route("/ready", models.ready, **get, tags=["operation"])
-        app.add_api_route("/metrics", metrics, **get, tags=["operation"])
+        app.add_api_route("/health", models.health, **get, tags=[UNCOUNTED])
+        app.add_api_route("/ready", models.ready, **get, tags=[UNCOUNTED])
+        app.add_api_route("/metrics", metrics, **get, tags=[UNCOUNTED])
 
     def _add_job_routes(self, app: FastAPI) -> None:
         videos = Videos(self._directory, self._drawer, self._background, self._max_body_bytes)

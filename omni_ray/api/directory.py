@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray.api.meters import note_route
 from omni_ray.api.wording import shown
 from omni_ray.errors import Unavailable, UnknownModel
 from omni_ray.messages import GroupStatus, Route
@@ -66,6 +67,7 @@ class Directory:
     async def open(self, name: str) -> Route:
         """As :meth:`find`, but Unavailable if a group that the model needs has failed to start."""
         route = await self.find(name)
+        note_route(route)
         for group in parts(route):
             if not route.ready and (reason := failure(self.last_status.get(group))):
                 raise Unavailable(reason)

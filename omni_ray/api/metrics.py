@@ -10,14 +10,15 @@ import httpx
 import ray
 from fastapi import Response
 
+from omni_ray.metrics import NODE_SCRAPED
+
 logger = logging.getLogger("ray.serve")
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIMEOUT_S = 2.0
-SCRAPED = """\
-# HELP omni_ray_node_scraped Whether a node's metrics are part of this page.
-# TYPE omni_ray_node_scraped gauge
-"""
+SCRAPED = NODE_SCRAPED.shown
+NAMELESS = ("python_", "process_", "target_info")
+"""Families that each node has of its exporter. They do not tell the node, so that those of two would be one series."""
 
 
 async def metrics() -> Response:
@@ -28,7 +29,8 @@ async def metrics() -> Response:
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         pages = await asyncio.gather(*(_scrape(client, address) for address in addresses))
     found = zip(addresses, pages, strict=True)
-    scraped = SCRAPED + "".join(f'omni_ray_node_scraped{{node="{a}"}} {int(page is not None)}\n' for a, page in found)
+    head = f"# HELP {SCRAPED} {NODE_SCRAPED.description}\n# TYPE {SCRAPED} {NODE_SCRAPED.kind}\n"
+    scraped = head + "".join(f'{SCRAPED}{{node="{a}"}} {int(page is not None)}\n' for a, page in found)
     return Response(merge([*(page for page in pages if page is not None), scraped]), media_type=CONTENT_TYPE)
 
 
@@ -57,4 +59,5 @@ def merge(pages: Iterable[str]) -> str:
                 described.add((kind, name))
             if line:
                 family.append(line)
-    return "".join(f"{line}\n" for lines in families.values() for line in lines)
+    told = [lines for name, lines in families.items() if not name.startswith(NAMELESS)]
+    return "".join(f"{line}\n" for lines in told for line in lines)

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from omni_ray.api.errors import error_from
+from omni_ray.api.meters import note_failure
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,5 +54,6 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             except Exception as error:
                 logger.warning("a stream ended in an error: %s", error)
+                note_failure()
                 await send({"type": "http.response.body", "body": event(error_from(error).body()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 MAX_IN_FLIGHT = 2
 SMOOTHING = 0.3
 
+OnForward = Callable[[str, int, float, int], None]
+"""Is told of each forward that has ended: the component, the number of calls that it answered, its device seconds, and
+the most bytes that its GPU held meanwhile (0 on a CPU). It is called from any thread, one at a time."""
+
 
 @dataclass
 class _Pending:
@@ -36,6 +40,7 @@ class _Pending:
     start: torch.cuda.Event
     end: torch.cuda.Event
     transfers: Transfers | None = None
+    peak_bytes: int = 0
 
     def has_ended(self) -> bool:
         return bool(self.end.query()) and (self.transfers is None or self.transfers.have_ended())
@@ -52,9 +57,15 @@ class DeviceClock:
     ``take_transfers`` gives what was copied to the device for the forward that has just been queued.
     """
 
-    def __init__(self, device: torch.device, take_transfers: Callable[[], Transfers] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        take_transfers: Callable[[], Transfers] | None = None,
+        on_forward: OnForward | None = None,
+    ) -> None:
         self._cuda = device.type == "cuda"
         self._take_transfers: Callable[[], Transfers | None] = take_transfers or (lambda: None)
+        self._on_forward = on_forward
         self._lock = threading.Lock()
         self._pending: deque[_Pending] = deque()
         self._seconds_per_token: dict[str, float] = {}
@@ -68,7 +79,8 @@ class DeviceClock:
         with self._lock:
             while self._pending and self._pending[0].has_ended():
                 ended = self._pending.popleft()
-                self._charge(ended.name, ended.shares, ended.start.elapsed_time(ended.end) / 1000, ended.transfers)
+                seconds = ended.start.elapsed_time(ended.end) / 1000
+                self._charge(ended.name, ended.shares, seconds, ended.transfers, ended.peak_bytes)
             return bool(self._pending)
 
     @contextmanager
@@ -88,9 +100,9 @@ class DeviceClock:
         yield
         pending.end.record()
         pending.transfers = self._take_transfers()
-        peak = torch.cuda.max_memory_allocated()
+        pending.peak_bytes = torch.cuda.max_memory_allocated()
         for lane, _ in shares:
-            lane.peak_memory_bytes = max(lane.peak_memory_bytes, peak)
+            lane.peak_memory_bytes = max(lane.peak_memory_bytes, pending.peak_bytes)
         with self._lock:
             self._pending.append(pending)
 
@@ -99,7 +111,14 @@ class DeviceClock:
         with self._lock:
             return self._pending[0] if len(self._pending) >= MAX_IN_FLIGHT else None
 
-    def _charge(self, name: str, shares: list[tuple[Lane, int]], seconds: float, transfers: Transfers | None) -> None:
+    def _charge(
+        self,
+        name: str,
+        shares: list[tuple[Lane, int]],
+        seconds: float,
+        transfers: Transfers | None,
+        peak_bytes: int = 0,
+    ) -> None:
         tokens = sum(each for _, each in shares)
         hidden_s, paid_s = transfers.seconds() if transfers else (0.0, 0.0)
         for lane, each in shares:
@@ -110,3 +129,5 @@ class DeviceClock:
         measured = seconds / tokens
         before = self._seconds_per_token.get(name, measured)
         self._seconds_per_token[name] = before + SMOOTHING * (measured - before)
+        if self._on_forward is not None:
+            self._on_forward(name, len(shares), seconds, peak_bytes)

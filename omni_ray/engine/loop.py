@@ -17,7 +17,7 @@ import torch
 
 from omni_ray.config.spec import Batching
 from omni_ray.engine import batch
-from omni_ray.engine.clock import DeviceClock
+from omni_ray.engine.clock import DeviceClock, OnForward
 from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
 from omni_ray.engine.lane import Emit, Encode, Lane
@@ -47,7 +47,7 @@ class EngineLoop:
 
     ``device`` is where it computes; where that is not said, it is where the pipeline's weights are. ``encode`` makes
     media of what a pipeline returns. ``edits`` are pipelines of the same modules for jobs with an ``image`` or a
-    ``mask``.
+    ``mask``. ``on_forward`` is told of each forward (see :mod:`omni_ray.engine.clock`).
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EngineLoop:
         device: torch.device | None = None,
         encode: Encode | None = None,
         edits: Mapping[str, DiffusionPipeline] = MappingProxyType({}),
+        on_forward: OnForward | None = None,
     ) -> None:
         self._pipe = pipe
         self._device = device or torch.device(pipe.device)
@@ -75,7 +76,7 @@ class EngineLoop:
         self._lockstep = lockstep or Alone()
         self._num_parts = exchange.size if exchange else 1
         self._gate = Gate(self._describe, defers=self._num_parts > 1)
-        self._clock = DeviceClock(self._device, offload.take_transfers if offload else None)
+        self._clock = DeviceClock(self._device, offload.take_transfers if offload else None, on_forward)
         self._forward = Forward(pipe, self._clock, self._lockstep, exchange, accelerators)
         self._helper_lock = threading.RLock()
         self._inbox_lock = threading.Lock()

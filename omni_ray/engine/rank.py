@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from omni_ray.config.spec import DitGroup
+from omni_ray.engine.meters import RankMeters
 from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, Usage
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Rank:
         self._store: TCPStore | None = None
         self._loop: EngineLoop | None = None
         self._capabilities: Capabilities | None = None
+        self._meters = RankMeters(group, replica_id, index)
+        self._telling: asyncio.Task[None] | None = None
+        self._has_gpu = False
         self._warnings: tuple[str, ...] = ()
 
     async def node(self) -> str:
@@ -86,6 +90,8 @@ class Rank:
         while (step := await progress.get()) is not None:
             yield step
         self._capabilities = await loading
+        if self._has_gpu:
+            self._telling = asyncio.create_task(self._meters.tell_memory_forever())
         yield self._capabilities
 
     def _load(self, report: Report, address: Address | None) -> Capabilities:
@@ -103,7 +109,8 @@ class Rank:
 
         group = self._group
         device = torch.device("cuda" if group.device != "cpu" and torch.cuda.is_available() else "cpu")
-        if device.type == "cuda":
+        self._has_gpu = device.type == "cuda"
+        if self._has_gpu:
             torch.cuda.set_per_process_memory_fraction(group.memory.gpu_memory_utilization)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.parallel.ranks_per_node))
@@ -120,7 +127,8 @@ class Rank:
             logger.warning("%s: %s", group.id, warning)
         edits = edit_pipelines(pipe)
         capabilities = self._within_memory(read_capabilities(pipe, folder, group, edits), device)
-        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device, edits=edits)
+        options: dict[str, Any] = {"edits": edits, "on_forward": self._meters.forward}
+        self._loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators, device, **options)
         self._loop.start()
         if is_compiled(group.compile, device) and lockstep.leads:
             report("compiling")

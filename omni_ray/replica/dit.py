@@ -15,7 +15,7 @@ from omni_ray.config.spec import DitGroup, LiveConfig
 from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
 from omni_ray.replica import scaling
-from omni_ray.replica.meters import Meters
+from omni_ray.replica.meters import JobMeter
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,7 +38,6 @@ class DitReplica:
         self._group = group
         self._router = serve.get_deployment_handle("Router", context.app_name)
         self._replica_id = context.replica_id.unique_id
-        self._meters = Meters(group)
         self._gang: Gang
         self._capabilities = await self._load(launch)
         self._report(LoadProgress(group=group.id, replica_id=self._replica_id, phase="ready"))
@@ -78,14 +77,15 @@ class DitReplica:
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """The job's events, last a Usage or a Failure; closing the stream cancels it. Unavailable if a rank dies."""
-        last: Event | None = None
+        meter = JobMeter(self._group)
         try:
-            async for last in self._gang.run(job):
-                yield last
+            async for event in self._gang.run(job):
+                meter.see(event)
+                yield event
         except RayActorError as error:
             raise Unavailable(f"{self._group.id} lost a rank") from error
         finally:
-            self._meters.record(last)
+            meter.end()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`omni_ray.replica.scaling.ByOutstandingSeconds` decides by: the work of the whole group."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray import metrics
 from omni_ray.config.spec import DitGroup
-from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Unavailable
+from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Overloaded, Unavailable
 from omni_ray.messages import Capabilities, Event, Failure, Job, Media, Queued, Snapshot, StepEvent, Usage
+from omni_ray.meters import Meters
 from omni_ray.router import balance
 from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
@@ -31,6 +34,7 @@ class GroupDispatcher:
         self._spec = spec
         self._handle = handle
         self._costs = CostModel()
+        self._meters = Meters.of(spec)
         self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._num_replicas, spec.batching.max_num_seqs)
         self.capabilities: Capabilities | None = None
 
@@ -48,7 +52,11 @@ class GroupDispatcher:
         if self.capabilities is not None:
             job = dataclasses.replace(job, params=self.capabilities.defaults | job.params)
         record = JobRecord(job=job, cost_s=self._costs.estimate_s(job))
-        self.queue.admit(record, always=always)
+        try:
+            self.queue.admit(record, always=always)
+        except Overloaded:
+            self._meters.count(metrics.REFUSED)
+            raise
         return record
 
     async def run(self, record: JobRecord) -> AsyncIterator[Event]:
@@ -60,6 +68,7 @@ class GroupDispatcher:
                 start_s, end_s = self.queue.estimate_s(record)
                 yield Queued(job_id=job.id, position=place, start_s=start_s, end_s=end_s)
             record.state = "running"
+            self._meters.observe(metrics.QUEUE_S, time.monotonic() - record.created, hop="router")
             async for event in self._attempts(record):
                 yield event
         except OmniRayError as error:

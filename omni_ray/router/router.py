@@ -20,6 +20,7 @@ from omni_ray.config.spec import ArGroup, DitGroup, LiveConfig, Model, OmniSpec,
 from omni_ray.errors import ConfigError, Overloaded
 from omni_ray.messages import Event, Failure, GroupStatus, Job, LoadProgress, Route, Snapshot
 from omni_ray.router.group import GroupDispatcher
+from omni_ray.router.meters import tell_forever
 from omni_ray.router.runner import JobRunner
 from omni_ray.store.store import Store
 from omni_ray.store.stored import StoredJob
@@ -42,6 +43,7 @@ class Router:
         self._overview: ApplicationStatusOverview | None = None
         self._overview_time = 0.0
         self._describing: dict[str, asyncio.Task[Any]] = {}
+        self._telling = asyncio.create_task(tell_forever(spec, self.status))
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """Run a DiT job. Yields its events, last exactly one Usage or Failure; closing the stream cancels the job."""

@@ -135,6 +135,11 @@ def test_pages_of_metrics_are_merged_by_name() -> None:
     assert merge([one, two]) == merged
 
 
+def test_what_does_not_tell_its_node_is_no_metric_of_the_cluster() -> None:
+    page = "# HELP process_open_fds A.\n# TYPE process_open_fds gauge\nprocess_open_fds 3\n"
+    assert merge([page, page]) == ""
+
+
 def remote(function: Callable[[], Any]) -> Any:
     async def answer() -> Any:
         return function()

@@ -54,7 +54,8 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline, batching: Batching) -> None:
         lockstep = Counted()
         self.forwards = lockstep.forwards
-        self.loop = EngineLoop(pipe, batching, lockstep)
+        self.told: list[tuple[str, int, float, int]] = []
+        self.loop = EngineLoop(pipe, batching, lockstep, on_forward=lambda *forward: self.told.append(forward))
         self.events: dict[str, queue.SimpleQueue[Event]] = {}
         self.loop.start()
 
@@ -169,6 +170,15 @@ def test_each_step_is_told(engine: Any) -> None:
     assert isinstance(usage, Usage)
     assert (usage.steps_computed, usage.steps_skipped, usage.seed) == (4, 0, 0)
     assert 0 < usage.device_s <= usage.run_s
+
+
+def test_each_forward_is_told(engine: Any) -> None:
+    running = engine("flux", Batching())
+    for i in range(2):
+        running.submit(job("flux", i, "a", 4))
+    costs = [running.result(f"flux-{i}")[-1] for i in range(2)]
+    assert sum(num_calls for component, num_calls, *_ in running.told if component == "transformer") == 2 * 4
+    assert sum(seconds for *_, seconds, _ in running.told) == pytest.approx(sum(cost.device_s for cost in costs))
 
 
 def test_lanes_join_and_leave_at_every_step(engine: Any) -> None:
