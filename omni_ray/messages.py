@@ -14,12 +14,21 @@ MediaFormat = Literal["png", "jpeg", "webp", "mp4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose job it is: the name of an API key, and the device seconds that its unfinished jobs may need, if bounded."""
+
+    key: str
+    outstanding_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One generation request for a DiT group.
 
     ``params`` holds keyword arguments of the diffusers pipeline's ``__call__`` by their own names (``prompt``,
     ``height``, ``num_inference_steps``, ``guidance_scale``, ...). ``images`` are encoded input images (PNG, JPEG, ...)
     for image-to-image and image-to-video pipelines. ``seed`` None means a random one, which the reply tells.
+    ``owner`` is None where no API keys are asked for.
     """
 
     id: str
@@ -28,6 +37,7 @@ class Job:
     params: dict[str, Any]
     num_outputs: int = 1
     seed: int | None = None
+    owner: Owner | None = None
     images: tuple[bytes, ...] = ()
     format: MediaFormat = "png"
     compression: int = 100

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from pydantic_core import to_json
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from omni_ray import __version__
+from omni_ray.api import audit
+from omni_ray.api.access import REQUEST_ID, Access, Keys
 from omni_ray.api.body import model_name, parse_object, read_body
 from omni_ray.api.chat import chat_with_drawer
 from omni_ray.api.directory import Directory
@@ -20,6 +23,7 @@ from omni_ray.api.errors import answer_error
 from omni_ray.api.forward import PATHS, Forwarder
 from omni_ray.api.images import generate_images
 from omni_ray.api.jobs import Jobs
+from omni_ray.api.media import Fetcher
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
 from omni_ray.api.pipeline import Drawer
@@ -37,9 +41,14 @@ class Api:
     ) -> None:
         chains = {model.id: model for model in spec.models if isinstance(model, Pipeline)}
         self._max_body_bytes = int(spec.api.max_body_mib * 2**20)
+        self._audit_prompts = spec.api.audit_prompts
+        self._keys = Keys(Path(spec.api.keys_file).expanduser()) if spec.api.keys_file else None
+        self._fetcher = Fetcher(spec.api)
+        self._router = router
         self._directory = Directory(router)
         self._forwarder = Forwarder(ar_handles, self._directory)
         self._drawer = Drawer(chains, self._directory, self._forwarder, Jobs(router, self._directory))
+        audit.log_to_file()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
@@ -47,7 +56,13 @@ class Api:
             app.add_exception_handler(kind, answer_error)
         self._add_routes(app)
         describe(app)
+        app.add_middleware(Access, keys=self._keys, count=self._count, audit_prompts=self._audit_prompts)
         return app
+
+    async def _count(self, key: str, requests_per_minute: int) -> None:
+        """Asks the router: a share of the limit per ingress replica would be wrong wherever a client's connection stays
+        with one of them. Only requests of keys with such a limit pay for the call."""
+        await self._router.count.remote(key, requests_per_minute)
 
     def _add_routes(self, app: FastAPI) -> None:
         models = Models(self._directory)
@@ -68,6 +83,8 @@ class Api:
         raw = await read_body(request, self._max_body_bytes)
         body = parse_object(raw)
         route = await self._directory.open(model_name(body))
+        if await self._fetcher.inline(body):
+            raw = to_json(body, inf_nan_mode="constants")
         if route.type == "ar":
             return await self._forwarder.forward(route.group, request, raw)
         return await chat_with_drawer(self._drawer, route, body, _request_id(request))
@@ -83,11 +100,14 @@ class Api:
     async def forward(self, request: Request) -> Response:
         """AR models answer as vLLM does."""
         raw = await read_body(request, self._max_body_bytes)
-        route = await self._directory.open(model_name(parse_object(raw)))
+        body = parse_object(raw)
+        route = await self._directory.open(model_name(body))
         if route.type != "ar":
             raise RequestError(f"{route.name} draws; use /v1/chat/completions or /v1/images/generations", param="model")
+        if await self._fetcher.inline(body):
+            raw = to_json(body, inf_nan_mode="constants")
         return await self._forwarder.forward(route.group, request, raw)
 
 
 def _request_id(request: Request) -> str:
-    return request.headers.get("x-request-id") or str(uuid.uuid4())
+    return request.headers[REQUEST_ID]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray.api.caller import check_model
 from omni_ray.api.wording import shown
 from omni_ray.errors import Unavailable, UnknownModel
 from omni_ray.messages import GroupStatus, Route
@@ -64,7 +65,12 @@ class Directory:
         return route
 
     async def open(self, name: str) -> Route:
-        """As :meth:`find`, but Unavailable if a group that the model needs has failed to start."""
+        """The route that a request names. As :meth:`find`, but NotAllowed if the caller's key does not allow it, and
+        Unavailable if a group that the model needs has failed to start."""
+        check_model(name, (await self.names()).get(name))
+        return await self._open(name)
+
+    async def _open(self, name: str) -> Route:
         route = await self.find(name)
         for group in parts(route):
             if not route.ready and (reason := failure(self.last_status.get(group))):
@@ -72,12 +78,12 @@ class Directory:
         return route
 
     async def loaded(self, name: str) -> Route:
-        """As :meth:`open` for a DiT group, once a replica has told what its pipeline accepts."""
-        route = await self.open(name)
+        """The route of a DiT group that serves an open one, once a replica has told what its pipeline accepts."""
+        route = await self._open(name)
         async with self.alive(route.group):
             while "fields" not in route.limits:
                 await self._refreshed.wait()
-                route = await self.open(name)
+                route = await self._open(name)
         return route
 
     async def status(self) -> tuple[GroupStatus, ...]:

@@ -45,6 +45,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.tune import tune
 
         return tune(arguments)
+    if arguments.verb == "key":
+        from omni_ray.cli.key import key
+
+        return key(arguments.name)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
@@ -134,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
             description="Runs a few prompts on this machine with each lever alone and with the good ones together.",
         )
     )
+
+    key = verbs.add_parser("key", help="make an API key, and its line for the file that api.keys_file names")
+    key.add_argument("name", metavar="NAME", help="what the audit log and messages call it")
 
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")

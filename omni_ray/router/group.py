@@ -17,6 +17,7 @@ from omni_ray.router import balance
 from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
+from omni_ray.router.quota import Quotas
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,8 +27,9 @@ MAX_ATTEMPTS = 3
 class GroupDispatcher:
     """Admits, queues and dispatches the jobs of one group, and runs a job again if its replica dies."""
 
-    def __init__(self, spec: DitGroup, handle: DeploymentHandle) -> None:
+    def __init__(self, spec: DitGroup, handle: DeploymentHandle, quotas: Quotas) -> None:
         self._spec = spec
+        self._quotas = quotas
         self._handle = handle
         self._costs = CostModel()
         self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._capacity)
@@ -46,6 +48,7 @@ class GroupDispatcher:
         """The job's events. The last one is exactly one Usage or Failure, whatever happens to the replicas."""
         record = JobRecord(job=job, cost_s=self._costs.estimate_s(job))
         try:
+            self._quotas.admit(record)
             self.queue.admit(record)
             async for place in self.queue.wait_turn(record):
                 yield Queued(job_id=job.id, position=place, start_s=self.queue.start_s(record))
@@ -58,6 +61,7 @@ class GroupDispatcher:
         finally:
             if record.state in ("queued", "running"):
                 record.state = "cancelled"
+            self._quotas.leave(record)
             await asyncio.shield(self.queue.leave(record))
 
     async def _attempts(self, record: JobRecord) -> AsyncIterator[Event]:

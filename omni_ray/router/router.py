@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
 from omni_ray.messages import Event, GroupStatus, Job, LoadProgress, Route
 from omni_ray.router.group import GroupDispatcher
+from omni_ray.router.quota import Quotas
 
 STATUS_MAX_AGE_S = 0.5
 
@@ -29,7 +30,10 @@ class Router:
     def __init__(self, spec: OmniSpec, handles: dict[str, DeploymentHandle], deployments: dict[str, str]) -> None:
         self._spec = spec
         self._deployments = deployments
-        self._groups = {g.id: GroupDispatcher(g, handles[g.id]) for g in spec.groups if isinstance(g, DitGroup)}
+        self._quotas = Quotas()
+        self._groups = {
+            g.id: GroupDispatcher(g, handles[g.id], self._quotas) for g in spec.groups if isinstance(g, DitGroup)
+        }
         self._progress: dict[str, dict[str, LoadProgress]] = {g.id: {} for g in spec.groups}
         self._application = serve.get_replica_context().app_name
         self._overview: ApplicationStatusOverview | None = None
@@ -43,6 +47,10 @@ class Router:
             job = dataclasses.replace(job, params=dispatcher.capabilities.defaults | job.params)
         async for event in dispatcher.run(job):
             yield event
+
+    async def count(self, key: str, requests_per_minute: int) -> None:
+        """Count a request of an API key. OverLimit if it has made so many in the last minute."""
+        self._quotas.count(key, requests_per_minute)
 
     async def report(self, progress: LoadProgress) -> None:
         """A replica tells what it does while it loads."""
