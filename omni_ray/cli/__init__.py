@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from omni_ray import __version__
 from omni_ray.errors import OmniRayError
@@ -120,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
+    _add_tools(verbs)
+    return parser
+
+
+def _add_tools(verbs: Any) -> None:
+    """The verbs beside those that serve a file."""
     from omni_ray.cli import calibrate, tune
 
     calibrate.add_arguments(
@@ -144,4 +151,3 @@ def _parser() -> argparse.ArgumentParser:
 
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
-    return parser
