@@ -12,6 +12,7 @@ import json
 import os
 from argparse import Namespace
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -61,6 +62,8 @@ NOT_HERE = {
     "master_": "Ray places the ranks",
 }
 
+CONSOLIDATED = "consolidated*.safetensors"
+"""Files by which vLLM knows Mistral's own format, as which it loads what has them."""
 NO_DOMAIN = "nothing.invalid"
 """The one domain that vLLM may fetch media from: none has this name (RFC 2606). With none, it would fetch from all."""
 
@@ -139,7 +142,11 @@ def _load_format(group: ArGroup, source: str) -> str:
     """That of the group. vLLM's `auto` would read pickles of a checkpoint that has no safetensors."""
     if group.load_format != "auto" or group.allow_pickle_weights or "://" in source:
         return group.load_format
-    return "mistral" if list_filtered_repo_files(source, ["consolidated*.safetensors"]) else "safetensors"
+    if Path(source).is_absolute():
+        consolidated = any(Path(source).glob(CONSOLIDATED))
+    else:
+        consolidated = bool(list_filtered_repo_files(source, [CONSOLIDATED]))
+    return "mistral" if consolidated else "safetensors"
 
 
 def _own_flags(group: ArGroup) -> list[str]:

@@ -6,6 +6,7 @@ Real servers on two loopback addresses count what reaches them; of the network, 
 from __future__ import annotations
 
 import base64
+import contextlib
 import ipaddress
 import socket
 import threading
@@ -34,8 +35,6 @@ class Handler(BaseHTTPRequestHandler):
         name, _, argument = self.path.lstrip("/").partition("?")
         if name == "to":
             self._answer(302, b"", location=argument)
-        elif name == "around":
-            self._answer(302, b"", location=f"/around?{argument}a" if len(argument) < int(argument or "9") else "/png")
         elif name == "hops":
             left = int(argument)
             self._answer(302, b"", location=f"/hops?{left - 1}" if left > 1 else "/a.png")
@@ -59,10 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         if length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        try:
+        with contextlib.suppress(OSError):  # the client has enough
             self.wfile.write(body)
-        except OSError:
-            pass  # the client has enough
 
     def log_message(self, *_: Any) -> None:
         pass
