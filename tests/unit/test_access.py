@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,9 @@ import yaml
 
 from omni_ray.api import access, caller
 from omni_ray.api.app import Api
-from omni_ray.cli import main
-from omni_ray.config.keys import hash_of, new_key, read_keys
+from omni_ray.config.keys import hash_of, new_key
 from omni_ray.config.spec import OmniSpec
-from omni_ray.errors import ConfigError, OverLimit
 from omni_ray.messages import Capabilities, Event, GroupStatus, HttpHead, HttpRequest, Job, Media, Owner, Route, Usage
-from omni_ray.router import quota
-from omni_ray.router.jobs import JobRecord
 from omni_ray.router.quota import Quotas
 
 ALICE, BOB, CAROL = (new_key() for _ in range(3))
@@ -225,42 +220,6 @@ async def test_a_key_over_its_rate_on_two_ingress_replicas(cluster: Cluster, key
     assert len(cluster.requests) == 4
 
 
-def test_the_rate_is_of_any_60_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    quotas, now = Quotas(), 1000.0
-    monkeypatch.setattr(quota.time, "monotonic", lambda: now)
-    quotas.count("a", 2)
-    now = 1030.0
-    quotas.count("a", 2)
-    now = 1059.0
-    with pytest.raises(OverLimit) as refused:
-        quotas.count("a", 2)
-    assert refused.value.retry_after_s == pytest.approx(1.0)
-    now = 1060.0
-    quotas.count("a", 2)
-    with pytest.raises(OverLimit):
-        quotas.count("a", 2)
-
-
-def test_outstanding_seconds_are_of_unfinished_jobs() -> None:
-    quotas = Quotas()
-    owner = Owner(key="a", outstanding_s=10.0)
-    jobs = [Job(id=str(i), model="d", group="d", params={}, owner=owner) for i in range(4)]
-    first, second, third, huge = (JobRecord(job=j, cost_s=s) for j, s in zip(jobs, (6, 3, 3, 99), strict=True))
-    quotas.admit(first)
-    quotas.admit(second)
-    with pytest.raises(OverLimit, match=r"2 unfinished jobs of 9\.0 s.* need 3\.0 s.* outstanding_s is 10") as refused:
-        quotas.admit(third)
-    assert refused.value.retry_after_s == pytest.approx(2.0)
-    first.progress = 0.5
-    quotas.admit(third)
-    for record in (first, second, third):
-        quotas.leave(record)
-    quotas.admit(huge)  # the first one passes whatever its estimate
-    with pytest.raises(OverLimit):
-        quotas.admit(first)
-    quotas.admit(JobRecord(job=Job(id="9", model="d", group="d", params={}, owner=Owner(key="b")), cost_s=99.0))
-
-
 def test_each_key_sees_its_own_jobs() -> None:
     assert caller.may_see(Owner(key="bob"))
     token = caller.CALLER.set(caller.Caller("r", key=SimpleNamespace(name="alice")))  # type: ignore[arg-type]
@@ -291,36 +250,6 @@ async def test_a_changed_file_counts_without_a_restart(
     told = list(dict.fromkeys(text for r in caplog.records if "stay in force" in (text := r.getMessage())))
     assert len(told) == 2
     assert "is no YAML" in told[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("keys: [{name: a}]", r"keys\.0\.hash: Field required"),
-        ("keys: [{name: a, hash: 'omni-plain'}]", r"keys\.0\.hash: String should match"),
-        ("keys: [{name: a, hash: x, limit: {}}]", r"keys\.0\.limit: Extra inputs"),
-        (f"keys: [{{name: a, hash: '{hash_of('x')}'}}, {{name: a, hash: '{hash_of('y')}'}}]", "two keys have the name"),
-        ("[", "is no YAML"),
-        ("", "the file: Input should be"),
-    ],
-)
-def test_a_broken_file_is_refused_without_its_values(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(text)
-    with pytest.raises(ConfigError, match=words) as refused:
-        read_keys(tmp_path / "keys")
-    assert "omni-plain" not in refused.value.message
-
-
-def test_a_made_key_is_let_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["key", "0x1"])
-    assert end.value.code == 0
-    out = capsys.readouterr().out.splitlines()
-    (tmp_path / "keys").write_text(f"keys:\n{out[-1]}\n")
-    found = access.Keys(tmp_path / "keys").find(out[1].strip())
-    assert found is not None
-    assert found.name == "0x1"
-    assert out[1].strip() not in out[-1]
 
 
 @pytest.mark.parametrize("came", ["abc-1", "a" * 128])
@@ -403,18 +332,3 @@ async def test_no_answer_has_a_stack_trace(cluster: Cluster, lines: Any) -> None
     for each in (answer, ready):
         assert not any(word in each.text for word in ("Traceback", "x.py", "line 1"))
     assert (lines()[0]["status"], lines()[0]["outcome"]) == (500, "complete")
-
-
-def test_the_file_may_be_a_link_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Kubernetes mounts a secret."""
-    monkeypatch.setattr(access, "LOOK_EVERY_S", 0.0)
-    write_keys(tmp_path / "1", a=(ALICE, {}))
-    write_keys(tmp_path / "2", a=(BOB, {}))
-    for each in "12":
-        os.utime(tmp_path / each, (1, 1))
-    (tmp_path / "keys").symlink_to("1")
-    keys = access.Keys(tmp_path / "keys")
-    assert keys.find(ALICE)
-    (tmp_path / "new").symlink_to("2")
-    (tmp_path / "new").replace(tmp_path / "keys")
-    assert (keys.find(ALICE), bool(keys.find(BOB))) == (None, True)
