@@ -3,9 +3,12 @@
 OmniRayError                500  server_error
 |- ConfigError               -   the YAML asks for something that cannot be served
 |- RequestError             400  invalid_request_error
+|  |- WrongKey              401  invalid_request_error, invalid_api_key
+|  |- NotAllowed            403  invalid_request_error
 |  |- UnknownModel          404  not_found_error
 |  `- TooLarge              413  invalid_request_error
 |- Overloaded               429  rate_limit_error, with Retry-After
+|  `- OverLimit             429  rate_limit_error, rate_limit_exceeded
 |- Cancelled                499  request_cancelled
 |- EngineFailed             500  server_error
 `- Unavailable              503  service_unavailable: the engine died or is still loading
@@ -50,6 +53,20 @@ class RequestError(OmniRayError):
     type = "invalid_request_error"
 
 
+class WrongKey(RequestError):
+    """No API key came with the request, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class NotAllowed(RequestError):
+    """The API key may not use this model. The code is OpenAI's."""
+
+    status = 403
+    code = "model_not_found"
+
+
 class UnknownModel(RequestError):
     status = 404
     type = "not_found_error"
@@ -65,6 +82,12 @@ class Overloaded(OmniRayError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class OverLimit(Overloaded):
+    """The API key has used up one of its limits."""
+
+    code = "rate_limit_exceeded"
 
 
 class Cancelled(OmniRayError):
@@ -85,3 +108,10 @@ class Unavailable(OmniRayError):
     status = 503
     type = "service_unavailable"
     code = "unavailable"
+
+
+def without_traceback(message: str) -> str:
+    """The error at the end of a traceback, which begins after the last indented line; other messages as they are."""
+    lines = message.strip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith("  ")] if '\n  File "' in message else []
+    return "\n".join(lines[frames[-1] + 1 :]) if frames else message.strip()

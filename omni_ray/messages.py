@@ -18,6 +18,14 @@ LoadPhase = Literal["starting", "loading weights", "compiling", "ready", "failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose job it is: the name of an API key, and the device seconds that its unfinished jobs may need, if bounded."""
+
+    key: str
+    outstanding_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One generation request for a DiT group.
 
@@ -25,7 +33,8 @@ class Job:
     ``height``, ``num_inference_steps``, ``guidance_scale``, ...). ``images`` are encoded input images (PNG, JPEG, ...)
     for image-to-image and image-to-video pipelines, and ``mask`` one whose transparent, or else white, parts are to be
     drawn anew. ``fps`` are a video's frames per second. ``seed`` None means a random one, which the reply tells.
-    ``num_previews`` are spread over the steps. ``resume`` is what a :class:`Snapshot` of this job held.
+    ``owner`` is None where no API keys are asked for. ``num_previews`` are spread over the steps. ``resume`` is what a
+    :class:`Snapshot` of this job held.
     """
 
     id: str
@@ -34,6 +43,7 @@ class Job:
     params: dict[str, Any]
     num_outputs: int = 1
     seed: int | None = None
+    owner: Owner | None = None
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
     format: MediaFormat = "png"

@@ -29,13 +29,15 @@ Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in total, name of the component that is read)."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, allow_pickle_weights: bool = False) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded, or found in the local hub cache."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, ignore_patterns=["*.onnx", "*.msgpack", "*.h5", "*.ckpt"]))
+        unread = ["*.onnx", "*.msgpack", "*.h5", *(["*.ckpt"] if allow_pickle_weights else PICKLES)]
+        folder = Path(snapshot_download(source, ignore_patterns=unread))
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"source {source!r} has no model_index.json, so it is no diffusers pipeline; "
@@ -52,7 +54,8 @@ def load_pipeline(
     With tensor parallelism nothing is read of the transformers yet: cut them, then call `read_parts`. (On a CPU, and
     where they cannot be read in parts, they are mapped from their files; those of another dtype are read whole.)
 
-    Raises ConfigError where a component's class is unknown to the installed libraries.
+    Raises ConfigError where a component's class is unknown to the installed libraries, or its weights are pickled and
+    the group does not allow that.
     """
     index = json.loads((folder / "model_index.json").read_text())
     components = {
@@ -62,22 +65,26 @@ def load_pipeline(
     }
     in_parts = {name for name in components if group.parallel.tensor > 1 and name.startswith("transformer")}
     sizes = {name: 0 if name in in_parts else _num_bytes(folder / name) for name in components}
-    done, total, loaded = 0, sum(sizes.values()), {}
+    done, total, loaded, pickles = 0, sum(sizes.values()), {}, group.allow_pickle_weights
     for name, entry in components.items():
         progress(done, total, name)
         cls = _component_class(folder, name, entry)
+        if not group.allow_pickle_weights and group.load_format != "dummy":
+            _refuse_pickles(folder / name)
         place = home(name, group.offload, device)
         if group.load_format == "dummy":
             module = _random(cls, folder / name, dtype, device).to(place)
         elif name in in_parts:
-            module = _empty(cls, folder / name, dtype, place)
+            module = _empty(cls, folder / name, dtype, place, pickles)
         else:
-            module = _load(cls, folder / name, dtype, place, functools.partial(_report, progress, name, done, total))
+            report = functools.partial(_report, progress, name, done, total)
+            module = _load(cls, folder / name, dtype, place, report, pickles)
         loaded[name] = module.eval().requires_grad_(False)
         done += sizes[name]
     # DiffusionPipeline itself ignores what is passed for a component that is optional in the pipeline's class.
     pipeline = getattr(diffusers, str(index["_class_name"]), DiffusionPipeline)
-    pipe = pipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=group.trust_remote_code, **loaded)
+    options = {"trust_remote_code": group.trust_remote_code, "use_safetensors": _use_safetensors(pickles)}
+    pipe = pipeline.from_pretrained(folder, dtype=dtype, **options, **loaded)
     pipe.register_modules(**loaded)
     progress(total, total, "")
     return cast(DiffusionPipeline, pipe)
@@ -111,28 +118,49 @@ def _report(progress: Progress, name: str, before: int, total: int, done: int, o
 
 
 def _load(
-    cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[int, int], None]
+    cls: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    pickles: bool = False,
 ) -> torch.nn.Module:
     """A component on the device."""
+    slowly = functools.partial(cls.from_pretrained, folder, dtype=dtype, use_safetensors=_use_safetensors(pickles))
     if device.type == "cpu":  # from_pretrained maps the files: nothing is read before it is used
-        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype))
+        return cast(torch.nn.Module, slowly())
     if issubclass(cls, PreTrainedModel):  # transformers copies from mapped files in several threads
-        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype, device_map={"": device}).to(device))
+        return cast(torch.nn.Module, slowly(device_map={"": device}).to(device))
     try:
         return weights.load_model(cls, folder, dtype, device, progress)
     except weights.Unsuitable as reason:
         logger.warning("%s is loaded slowly, by from_pretrained: %s", folder, reason)
-        return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype).to(device))
+        return cast(torch.nn.Module, slowly().to(device))
 
 
-def _empty(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _empty(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, pickles: bool = False) -> torch.nn.Module:
     """A component of which a part will be read."""
     if device.type != "cpu":
         try:
             return weights.empty_model(cls, folder, dtype)[0]
         except weights.Unsuitable as reason:
             logger.warning("%s is loaded slowly, by from_pretrained: %s", folder, reason)
-    return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype))
+    return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype, use_safetensors=_use_safetensors(pickles)))
+
+
+def _use_safetensors(pickles: bool) -> bool | None:
+    """What `from_pretrained` is told: None takes pickles where there is nothing else, True never does."""
+    return None if pickles else True
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
+        return
+    found = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    raise ConfigError(
+        f"{folder} has no weights in safetensors{f', only {found[0]}' if found else ''}; reading a pickle can run code "
+        "that is in it: take a checkpoint with *.safetensors, or set allow_pickle_weights: true of the model"
+    )
 
 
 def _random(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from pydantic_core import to_json
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from omni_ray import __version__
+from omni_ray.api import audit
+from omni_ray.api.access import Access, Keys
 from omni_ray.api.background import Background
 from omni_ray.api.body import model_name, parse_object, read_body
 from omni_ray.api.chat import chat_with_drawer
@@ -21,6 +25,7 @@ from omni_ray.api.forward import PATHS, Forwarder
 from omni_ray.api.images import Images
 from omni_ray.api.jobs import Jobs
 from omni_ray.api.limits import Inputs
+from omni_ray.api.media import Fetcher
 from omni_ray.api.meters import UNCOUNTED, Measured
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
@@ -53,11 +58,16 @@ class Api:
     ) -> None:
         chains = {model.id: model for model in spec.models if isinstance(model, Pipeline)}
         self._max_body_bytes = int(spec.api.max_body_mib * 2**20)
+        self._audit_prompts = spec.api.audit_prompts
+        self._keys = Keys(Path(spec.api.keys_file).expanduser()) if spec.api.keys_file else None
+        self._fetcher = Fetcher(spec.api)
+        self._router = router
         self._directory = Directory(router)
         self._forwarder = Forwarder(ar_handles, self._directory)
         self._drawer = Drawer(chains, self._directory, self._forwarder, Jobs(router, self._directory))
         self._background = Background(router, self._directory, Store(spec.jobs))
         self._images = Images(self._drawer, self._background)
+        audit.log_to_file()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(title="omni_ray", version=__version__, description="AR and diffusion models behind one endpoint.")
@@ -66,7 +76,13 @@ class Api:
         app.add_middleware(Measured)
         self._add_routes(app)
         describe(app)
+        app.add_middleware(Access, keys=self._keys, count=self._count, audit_prompts=self._audit_prompts)
         return app
+
+    async def _count(self, key: str, requests_per_minute: int) -> None:
+        """Asks the router: a share of the limit per ingress replica would be wrong wherever a client's connection stays
+        with one of them. Only requests of keys with such a limit pay for the call."""
+        await self._router.count.remote(key, requests_per_minute)
 
     def _add_routes(self, app: FastAPI) -> None:
         models = Models(self._directory)
@@ -111,6 +127,8 @@ class Api:
         raw = await read_body(request, self._max_body_bytes)
         body = parse_object(raw)
         route = await self._directory.open(model_name(body))
+        if await self._fetcher.inline(body):
+            raw = to_json(body, inf_nan_mode="constants")
         if route.type == "ar":
             return await self._forwarder.forward(route.group, request, raw)
         return await chat_with_drawer(self._drawer, route, body, Submission.of(request).request_id)
@@ -158,7 +176,10 @@ class Api:
     async def forward(self, request: Request) -> Response:
         """AR models answer as vLLM does."""
         raw = await read_body(request, self._max_body_bytes)
-        route = await self._directory.open(model_name(parse_object(raw)))
+        body = parse_object(raw)
+        route = await self._directory.open(model_name(body))
         if route.type != "ar":
             raise RequestError(f"{route.name} draws; use /v1/chat/completions or /v1/images/generations", param="model")
+        if await self._fetcher.inline(body):
+            raw = to_json(body, inf_nan_mode="constants")
         return await self._forwarder.forward(route.group, request, raw)

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from pydantic_core import from_json
 
+from omni_ray.api import caller
 from omni_ray.api.wording import shown
 from omni_ray.errors import RequestError, TooLarge
 
@@ -33,6 +34,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the body is not JSON: {error}; send one JSON object") from None
     if not isinstance(value, dict):
         raise RequestError(f'the body is JSON, but {shown(value)} is not an object; send one like {{"model": ...}}')
+    caller.note_body(value)
     return value
 
 

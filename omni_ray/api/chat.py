@@ -127,7 +127,7 @@ def _unknown(part: Part) -> str:
 def _image(url: str, where: str) -> bytes:
     head, comma, data = url.partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        problem = "is no data: URL in base64; images are not fetched from the net"
+        problem = "is neither an http or https URL nor a data: URL in base64"
         raise RequestError(f"{where}: {shown(url)} {problem}", param=where)
     try:
         return base64.b64decode(data, validate=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray.api.caller import check_model
 from omni_ray.api.meters import note_route
 from omni_ray.api.wording import shown
 from omni_ray.errors import Unavailable, UnknownModel
@@ -65,7 +66,12 @@ class Directory:
         return route
 
     async def open(self, name: str) -> Route:
-        """As :meth:`find`, but Unavailable if a group that the model needs has failed to start."""
+        """The route that a request names. As :meth:`find`, but NotAllowed if the caller's key does not allow it, and
+        Unavailable if a group that the model needs has failed to start."""
+        check_model(name, (await self.names()).get(name))
+        return await self._open(name)
+
+    async def _open(self, name: str) -> Route:
         route = await self.find(name)
         note_route(route)
         for group in parts(route):
@@ -74,12 +80,12 @@ class Directory:
         return route
 
     async def loaded(self, name: str) -> Route:
-        """As :meth:`open` for a DiT group, once a replica has told what its pipeline accepts."""
-        route = await self.open(name)
+        """The route of a DiT group that serves an open one, once a replica has told what its pipeline accepts."""
+        route = await self._open(name)
         async with self.alive(route.group):
             while "fields" not in route.limits:
                 await self._refreshed.wait()
-                route = await self.open(name)
+                route = await self._open(name)
         return route
 
     async def status(self) -> tuple[GroupStatus, ...]:

@@ -40,6 +40,8 @@ HOP_HEADERS = frozenset(
     | {"transfer-encoding", "upgrade"}
 )
 """What describes one connection and not the message."""
+SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
+"""What is for the ingress alone."""
 
 
 class Forwarder:
@@ -71,7 +73,7 @@ class Forwarder:
 def _message(request: Request, body: bytes) -> HttpRequest:
     query = f"?{request.url.query}" if request.scope["query_string"] else ""
     headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in request.scope["headers"]]
-    kept = tuple([(n, v) for n, v in headers if n not in HOP_HEADERS])
+    kept = tuple([(n, v) for n, v in headers if n not in HOP_HEADERS | SECRET_HEADERS])
     return HttpRequest(method=request.method, path=request.scope["path"] + query, headers=kept, body=body)
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from omni_ray.api import caller
 from omni_ray.api.protocol import Generation
 from omni_ray.api.wording import did_you_mean, shown
+from omni_ray.config.keys import KeyLimits
 from omni_ray.errors import RequestError
 from omni_ray.messages import Job, MediaFormat, Route
 
@@ -34,18 +36,21 @@ def make_job(request: Generation, inputs: Inputs, route: Route, request_id: str)
     if problems := list(_problems(request, inputs, route.limits)):
         sentences = dict.fromkeys(f"{field}: {problem}" for field, problem in problems)
         raise RequestError("; ".join(sentences), param=problems[0][0])
-    return Job(
+    job = Job(
         id=f"{request_id[:64]}-{uuid.uuid4().hex[:8]}",
         model=route.name,
         group=route.group,
         params={"prompt": inputs.prompt, **request.pipeline_args},
         num_outputs=request.num_outputs,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        owner=caller.owner(),
         images=inputs.images,
         mask=inputs.mask,
         format=request.output_format or FORMATS[route.limits["output"]][0],
         compression=100 if request.output_compression is None else request.output_compression,
     )
+    caller.note_job(job)
+    return job
 
 
 Problems = Iterator[tuple[str, str]]
@@ -60,6 +65,7 @@ def _problems(request: Generation, inputs: Inputs, limits: dict[str, Any]) -> Pr
     yield from _size_problems(request, limits)
     yield from _count_problems(request, limits)
     yield from _format_problems(request, limits["output"])
+    yield from _key_problems(request, limits, caller.limits())
 
 
 def _fields(inputs: Inputs, limits: dict[str, Any]) -> set[str]:
@@ -116,11 +122,27 @@ def _size_problems(request: Generation, limits: dict[str, Any]) -> Problems:
         if pixels is not None and pixels % multiple:
             near = max(multiple, round(pixels / multiple) * multiple)
             yield _said_in(request, name), f"{pixels} is no multiple of {multiple}; {near} is"
-    width, height = (pixels or limits["defaults"].get(name, 0) for name, pixels in said.items())
+    yield from _pixel_problems(request, limits, max_pixels, "that are taken")
+
+
+def _pixel_problems(request: Generation, limits: dict[str, Any], max_pixels: int, whose: str) -> Problems:
+    said = zip(("width", "height"), request.pixels, strict=True)
+    width, height = (pixels or limits["defaults"].get(name, 0) for name, pixels in said)
     if width * height > max_pixels:
         product = f"{width} x {height} = {width * height}"
         larger = "width" if width >= height else "height"
-        yield _said_in(request, larger), f"{product} pixels are more than the {max_pixels} that are taken"
+        yield _said_in(request, larger), f"{product} pixels are more than the {max_pixels} {whose}"
+
+
+def _key_problems(request: Generation, limits: dict[str, Any], key: KeyLimits | None) -> Problems:
+    """What is within the model's limits and beyond those of the caller's API key."""
+    if key is None:
+        return
+    if key.max_pixels is not None:
+        yield from _pixel_problems(request, limits, key.max_pixels, "that the API key's max_pixels allows")
+    frames = request.num_frames or limits["defaults"].get("num_frames", 1)
+    if key.max_frames is not None and frames > key.max_frames:
+        yield "num_frames", f"{frames} is more than the {key.max_frames} that the API key's max_frames allows"
 
 
 def _said_in(request: Generation, name: str) -> str:

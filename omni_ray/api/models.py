@@ -9,8 +9,10 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic_core import to_json
 
+from omni_ray.api.caller import check_model, may_use
 from omni_ray.api.directory import Directory, failure
-from omni_ray.messages import Route
+from omni_ray.errors import without_traceback
+from omni_ray.messages import GroupStatus, Route
 
 
 class Models:
@@ -19,13 +21,15 @@ class Models:
         self._created = int(time.time())
 
     async def models(self) -> Response:
-        """Every name that `model` may say."""
+        """Every name that `model` may say, of those that the API key allows."""
         names = await self._directory.names()
-        return _json({"object": "list", "data": [self._model(name, route) for name, route in names.items()]})
+        allowed = [self._model(name, route) for name, route in names.items() if may_use(name, route)]
+        return _json({"object": "list", "data": allowed})
 
     async def model(self, request: Request) -> Response:
         """One of them."""
         name = request.path_params["name"]
+        check_model(name, (await self._directory.names()).get(name))
         return _json(self._model(name, await self._directory.find(name)))
 
     async def health(self) -> Response:
@@ -39,7 +43,7 @@ class Models:
         """200 when every model is ready; else 503, and how far each is."""
         groups = await self._directory.status()
         ready = bool(groups) and all(group.ready for group in groups)
-        return _json({"ready": ready, "groups": [dataclasses.asdict(group) for group in groups]}, 200 if ready else 503)
+        return _json({"ready": ready, "groups": [_status(group) for group in groups]}, 200 if ready else 503)
 
     def _model(self, name: str, route: Route) -> dict[str, Any]:
         return {
@@ -52,6 +56,12 @@ class Models:
             "ready": route.ready,
             "limits": route.limits,
         }
+
+
+def _status(group: GroupStatus) -> dict[str, Any]:
+    """Without the stack traces that Ray puts into its messages; the log of the replica has them."""
+    progress = tuple(dataclasses.replace(each, detail=without_traceback(each.detail)) for each in group.progress)
+    return dataclasses.asdict(dataclasses.replace(group, progress=progress, message=without_traceback(group.message)))
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

@@ -11,6 +11,7 @@ from fastapi import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from omni_ray.api import caller
 from omni_ray.api.errors import error_from
 from omni_ray.api.meters import note_failure
 
@@ -53,6 +54,7 @@ class EventStream(Response):
                 async for piece in self._pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             except Exception as error:
+                caller.note_failure()
                 logger.warning("a stream ended in an error: %s", error)
                 note_failure()
                 await send({"type": "http.response.body", "body": event(error_from(error).body()), "more_body": True})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass
 
 from fastapi import Request
+
+from omni_ray.api import caller
+from omni_ray.api.access import REQUEST_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Submission:
     @staticmethod
     def of(request: Request) -> Submission:
         return Submission(
-            request_id=request.headers.get("x-request-id") or str(uuid.uuid4()),
-            user=getattr(request.state, "user", ""),
+            request_id=request.headers[REQUEST_ID],
+            user=owner.key if (owner := caller.owner()) else "",
             idempotency_key=request.headers.get("idempotency-key"),
         )

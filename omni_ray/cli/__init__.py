@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from omni_ray import __version__
 from omni_ray.errors import OmniRayError
@@ -45,6 +46,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.tune import tune
 
         return tune(arguments)
+    if arguments.verb == "key":
+        from omni_ray.cli.key import key
+
+        return key(arguments.name)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
@@ -116,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
+    _add_tools(verbs)
+    return parser
+
+
+def _add_tools(verbs: Any) -> None:
+    """The verbs beside those that serve a file."""
     from omni_ray.cli import calibrate, tune
 
     calibrate.add_arguments(
@@ -135,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    key = verbs.add_parser("key", help="make an API key, and its line for the file that api.keys_file names")
+    key.add_argument("name", metavar="NAME", help="what the audit log and messages call it")
+
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
-    return parser

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omni_ray.cli.ready import without_traceback
 from omni_ray.config.serve_file import ServeFile
-from omni_ray.errors import ConfigError, Unavailable
+from omni_ray.errors import ConfigError, Unavailable, without_traceback
 from omni_ray.orphans import leave_none
 
 WILDCARDS = ("", "0.0.0.0", "::")

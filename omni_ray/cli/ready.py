@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
+from omni_ray.errors import without_traceback
+
 GIB = 2**30
 
 
@@ -47,13 +49,6 @@ def phase_of(group: dict[str, Any]) -> tuple[str, str]:
         return ("ready" if group["ready"] else phase), _replicas(num_ready, num_replicas) or message
     last = min(loading, key=_distance)
     return last["phase"], " ".join(_detail(last, num_ready, num_replicas))
-
-
-def without_traceback(message: str) -> str:
-    """The error at the end of a traceback, which begins after the last indented line; other messages as they are."""
-    lines = message.strip().splitlines()
-    frames = [i for i, line in enumerate(lines) if line.startswith("  ")] if '\n  File "' in message else []
-    return "\n".join(lines[frames[-1] + 1 :]) if frames else message.strip()
 
 
 def _distance(progress: dict[str, Any]) -> tuple[int, float]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from omni_ray.config.keys import ApiKey
 from omni_ray.config.spec import Api, ArGroup, Block, DitGroup, Group, Pipeline
 
 HEAD = """\
@@ -44,6 +45,12 @@ INTRO = {
     "`dit` models": "Diffusion transformers (image, video) on diffusers.",
     "`pipeline` models": "A chain: an `ar` model rewrites what a person says, a `dit` model draws it.",
     "`api`": "The HTTP edge.",
+    "The keys file": (
+        "What `api.keys_file` names: a YAML or JSON file with a list of `keys`. `omni-ray key NAME` makes a key and "
+        "its line. `/health`, `/ready`, `/docs` and `/openapi.json` need no key; everything else does, `/metrics` "
+        "too: give Prometheus one with `models: []`. The router counts, so that limits hold over all ingress replicas; "
+        "it starts afresh when it is restarted."
+    ),
 }
 BOUNDS = {"Ge": ("≥", "ge"), "Gt": (">", "gt"), "Le": ("≤", "le"), "Lt": ("<", "lt")}
 
@@ -57,6 +64,7 @@ def document() -> str:
         "`dit` models": list(_rows(DitGroup, without=common)),
         "`pipeline` models": list(_rows(Pipeline)),
         "`api`": list(_rows(Api)),
+        "The keys file": list(_rows(ApiKey, "keys[].")),
     }
     return HEAD + "".join(f"\n## {title}\n\n{INTRO[title]}\n\n{_table(rows[title])}" for title in rows)
 
@@ -103,7 +111,12 @@ def _type(field: FieldInfo) -> str:
         elif kind is NoneType:
             names.append("null")
         else:
-            names.append({str: "text", bool: "true or false", int: "integer", float: "number"}.get(kind, "mapping"))
+            kind = Annotated if get_origin(kind) is list else kind
+            names.append(
+                {Annotated: "list of text", str: "text", bool: "true or false", int: "integer", float: "number"}.get(
+                    kind, "mapping"
+                )
+            )
     bounds = [
         f"{BOUNDS[kind][0]} {getattr(each, BOUNDS[kind][1])}"
         for each in field.metadata

@@ -7,6 +7,7 @@ and the name alone means the first of them. Unknown keys are refused; so is, by 
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,6 +26,7 @@ from omni_ray.config.parallel import ArParallel as ArParallel
 from omni_ray.config.parallel import DitParallel as DitParallel
 from omni_ray.config.parallel import Parallel as Parallel
 
+MediaHost = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*(:\d{1,5})?$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
 
 DEMO_SOURCES = ("demo:chat", "demo:image", "demo:video")
@@ -43,6 +45,10 @@ VLLM_ALIASES = {
     "trust_remote_code": "trust_remote_code",
     "load_format": "load_format",
 }
+ELSEWHERE = {"api_key": "api.keys_file", "allowed_media_domains": "api.media_hosts"}
+"""Names of `vllm serve` for what the endpoint does before a request comes to vLLM."""
+PICKLED_FORMATS = ("pt", "npcache", "hf")
+"""vLLM's load formats that read pickles, or do so where there is nothing else."""
 
 
 class Autoscaling(Block):
@@ -138,6 +144,11 @@ class Group(Block):
         description="Number format of weights and activations; `auto` is the checkpoint's, on a CPU the engine's best.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
+    allow_pickle_weights: bool = Field(
+        False,
+        description="Load weights of `.bin`, `.pt` or `.ckpt` files where there are no safetensors: reading a pickle "
+        "can run code that is in it.",
+    )
     memory: Memory = Field(default_factory=Memory, description="Device memory.")
     queue: Queue = Field(default_factory=Queue, description="The queue in front of the group.")
 
@@ -179,14 +190,22 @@ class ArGroup(Group):
     @field_validator("engine_args")
     @classmethod
     def _no_second_home(cls, args: dict[str, Any]) -> dict[str, Any]:
-        homes = {key: VLLM_ALIASES[name] for key in args if (name := key.replace("-", "_")) in VLLM_ALIASES}
-        if homes:
+        homes = {name: f"{home} of the model" for name, home in VLLM_ALIASES.items()} | ELSEWHERE
+        found = {key: homes[name] for key in args if (name := key.replace("-", "_")) in homes}
+        if found:
             raise ValueError(
-                "\n".join(
-                    f"{key}: has a key of its own; set {home} of the model instead" for key, home in homes.items()
-                )
+                "\n".join(f"{key}: has a key of its own; set {home} instead" for key, home in found.items())
             )
         return args
+
+    @model_validator(mode="after")
+    def _pickles_are_allowed(self) -> Self:
+        if self.load_format.lower() in PICKLED_FORMATS and not self.allow_pickle_weights:
+            raise ValueError(
+                f"load_format = {self.load_format!r} reads pickles, which can run code that is in them; use 'auto' "
+                "with a checkpoint in safetensors, or set allow_pickle_weights: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ray_spans_nodes(self) -> Self:
@@ -278,6 +297,34 @@ class Api(Block):
     stream_interval_ms: float = Field(
         20.0, ge=0, description="Tokens of a stream are joined over this many milliseconds; 0 sends each alone."
     )
+    keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File of the API keys that are let in, on every node with an ingress; null lets everybody in. A "
+        "change of the file takes effect within a second.",
+    )
+    audit_prompts: bool = Field(False, description="Write prompts into the audit log too.")
+    media_hosts: list[MediaHost] = Field(
+        default_factory=list,
+        description="Hosts from which media of a request may be fetched: `images.example.com`, `*.example.com` for "
+        "all below it, `example.com:8443` for a port other than 80 and 443. Empty fetches nothing.",
+    )
+    media_networks: list[str] = Field(
+        default_factory=list,
+        description="Networks outside the public internet, such as `10.1.0.0/16`, that those hosts may be in.",
+    )
+    media_max_mib: float = Field(16.0, gt=0, description="Most that is fetched for one request, in MiB.")
+    media_timeout_s: float = Field(10.0, gt=0, description="Longest that fetching for one request may take.")
+
+    @field_validator("media_networks")
+    @classmethod
+    def _are_networks(cls, networks: list[str]) -> list[str]:
+        for i, network in enumerate(networks):
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"[{i}]: {error}; write it like 10.1.0.0/16") from None
+        return networks
 
 
 class JobStore(Block):

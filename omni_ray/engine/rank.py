@@ -115,7 +115,7 @@ class Rank:
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.parallel.ranks_per_node))
         lockstep = Alone() if address is None else self._meet_the_others(address, device)
-        folder = resolve(self._source)
+        folder = resolve(self._source, group.allow_pickle_weights)
         dtype = group.dtype if group.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
         loading = (folder, getattr(torch, dtype), device, group, functools.partial(report, "loading weights"))
         pipe = load_pipeline(*loading)

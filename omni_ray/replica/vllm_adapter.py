@@ -12,6 +12,7 @@ import json
 import os
 from argparse import Namespace
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -19,6 +20,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
+from vllm.transformers_utils.repo_utils import list_filtered_repo_files
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -60,6 +62,11 @@ NOT_HERE = {
     "node_rank": "Ray places the ranks",
     "master_": "Ray places the ranks",
 }
+
+CONSOLIDATED = "consolidated*.safetensors"
+"""Files by which vLLM knows Mistral's own format, as which it loads what has them."""
+NO_DOMAIN = "nothing.invalid"
+"""The one domain that vLLM may fetch media from: none has this name (RFC 2606). With none, it would fetch from all."""
 
 
 class Vllm:
@@ -148,7 +155,7 @@ def serve_args(group: ArGroup, source: str) -> Namespace:
             "alone, and this node has none; set num_nodes to 1"
         )
     parser = make_arg_parser(_Parser(group.id))
-    argv = [f"--model={source}", *_own_flags(group)]
+    argv = [f"--model={source}", f"--load-format={_load_format(group, source)}", *_own_flags(group)]
     flags = {option[2:].replace("-", "_"): action for action in parser._actions for option in action.option_strings}
     for key, value in group.engine_args.items():
         argv += _flag(group.id, flags, key.replace("-", "_"), value)
@@ -158,9 +165,20 @@ def serve_args(group: ArGroup, source: str) -> Namespace:
     return args
 
 
+def _load_format(group: ArGroup, source: str) -> str:
+    """That of the group. vLLM's `auto` would read pickles of a checkpoint that has no safetensors."""
+    if group.load_format != "auto" or group.allow_pickle_weights or "://" in source:
+        return group.load_format
+    if Path(source).is_absolute():
+        consolidated = any(Path(source).glob(CONSOLIDATED))
+    else:
+        consolidated = bool(list_filtered_repo_files(source, [CONSOLIDATED]))
+    return "mistral" if consolidated else "safetensors"
+
+
 def _own_flags(group: ArGroup) -> list[str]:
     flags = [
-        f"--load-format={group.load_format}",
+        f"--allowed-media-domains={NO_DOMAIN}",
         f"--dtype={group.dtype}",
         f"--tensor-parallel-size={group.parallel.tensor}",
         f"--pipeline-parallel-size={group.parallel.pipeline}",

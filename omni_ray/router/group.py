@@ -21,6 +21,7 @@ from omni_ray.router import balance
 from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
+from omni_ray.router.quota import Quotas
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,8 +31,9 @@ MAX_ATTEMPTS = 3
 class GroupDispatcher:
     """Admits, queues and dispatches the jobs of one group, and runs a job again if its replica dies."""
 
-    def __init__(self, spec: DitGroup, handle: DeploymentHandle) -> None:
+    def __init__(self, spec: DitGroup, handle: DeploymentHandle, quotas: Quotas) -> None:
         self._spec = spec
+        self._quotas = quotas
         self._handle = handle
         self._costs = CostModel()
         self._meters = Meters.of(spec)
@@ -53,11 +55,19 @@ class GroupDispatcher:
             job = dataclasses.replace(job, params=self.capabilities.defaults | job.params)
         record = JobRecord(job=job, cost_s=self._costs.estimate_s(job))
         try:
+            self._quotas.admit(record, always=always)
             self.queue.admit(record, always=always)
-        except Overloaded:
-            self._meters.count(metrics.REFUSED)
+        except OmniRayError as error:
+            self._quotas.leave(record)
+            if isinstance(error, Overloaded):
+                self._meters.count(metrics.REFUSED)
             raise
         return record
+
+    async def leave(self, record: JobRecord) -> None:
+        """An admitted job is over, whether it ran or not."""
+        self._quotas.leave(record)
+        await self.queue.leave(record)
 
     async def run(self, record: JobRecord) -> AsyncIterator[Event]:
         """The events of an admitted job. The last one is exactly one Usage or Failure, whatever happens to the
@@ -77,7 +87,7 @@ class GroupDispatcher:
         finally:
             if record.state in ("queued", "running"):
                 record.state = "cancelled"
-            await asyncio.shield(self.queue.leave(record))
+            await asyncio.shield(self.leave(record))
 
     async def _attempts(self, record: JobRecord) -> AsyncIterator[Event]:
         """Media are held back until the job is whole, so that a second attempt cannot send them twice."""

@@ -17,10 +17,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
 from omni_ray.config.spec import ArGroup, DitGroup, LiveConfig, Model, OmniSpec, Pipeline
-from omni_ray.errors import ConfigError, Overloaded
+from omni_ray.errors import ConfigError, OmniRayError
 from omni_ray.messages import Event, Failure, GroupStatus, Job, LoadProgress, Route, Snapshot
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.meters import tell_forever
+from omni_ray.router.quota import Quotas
 from omni_ray.router.runner import JobRunner
 from omni_ray.store.store import Store
 from omni_ray.store.stored import StoredJob
@@ -36,7 +37,10 @@ class Router:
     ) -> None:
         self._spec = spec
         self._deployments = deployments
-        self._groups = {g.id: GroupDispatcher(g, handles[g.id]) for g in spec.groups if isinstance(g, DitGroup)}
+        self._quotas = Quotas()
+        self._groups = {
+            g.id: GroupDispatcher(g, handles[g.id], self._quotas) for g in spec.groups if isinstance(g, DitGroup)
+        }
         self._runner = JobRunner(Store(spec.jobs), self._groups, spec.jobs.expire_after_s)
         self._progress: dict[str, dict[str, LoadProgress]] = {g.id: {} for g in spec.groups}
         self._application = serve.get_replica_context().app_name
@@ -50,7 +54,7 @@ class Router:
         dispatcher = self._groups[job.group]
         try:
             record = dispatcher.admit(job)
-        except Overloaded as error:
+        except OmniRayError as error:
             yield Failure(job_id=job.id, error=error)
             return
         async for event in dispatcher.run(record):
@@ -80,6 +84,10 @@ class Router:
                 raise ConfigError(f"user_config: {group!r} is no DiT group; there are {', '.join(self._groups)}")
             if (queue := LiveConfig.model_validate(config).queue) is not None:
                 self._groups[group].queue.max_queued = queue.max_queued_requests
+
+    async def count(self, key: str, requests_per_minute: int) -> None:
+        """Count a request of an API key. OverLimit if it has made so many in the last minute."""
+        self._quotas.count(key, requests_per_minute)
 
     async def report(self, progress: LoadProgress) -> None:
         """A replica tells what it does while it loads."""

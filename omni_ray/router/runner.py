@@ -55,12 +55,12 @@ class JobRunner:
             stored = dataclasses.replace(stored, num_images=len(images), has_mask=mask is not None)
             is_new = await self._store.create(stored, images, mask, self._owner)
         except BaseException:
-            await group.queue.leave(record)
+            await group.leave(record)
             raise
         if is_new:
             self._start(stored, record)
         else:
-            await group.queue.leave(record)
+            await group.leave(record)
         return await self._store.get(stored.id) or stored
 
     async def cancel(self, job_id: str) -> StoredJob | None:

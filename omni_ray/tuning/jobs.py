@@ -32,7 +32,7 @@ def jobs_of(group: DitGroup, prompts: list[str], arguments: argparse.Namespace) 
     Raises ConfigError where the model does not take an argument.
     """
     pipe = in_a_thread(load, group.model_copy(update={"load_format": "dummy"}))
-    capabilities = read_capabilities(pipe, resolve(resolve_source(group.source)), group)
+    capabilities = read_capabilities(pipe, resolve(resolve_source(group.source), group.allow_pickle_weights), group)
     asked: dict[str, Any] = {
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,

@@ -34,7 +34,9 @@ def in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
 def load(group: DitGroup) -> Any:
     """The pipeline of ``group`` on this machine's device, without accelerators."""
     device, dtype = device_and_dtype()
-    pipe = load_pipeline(resolve(resolve_source(group.source)), dtype, device, group, lambda *_: None)
+    pipe = load_pipeline(
+        resolve(resolve_source(group.source), group.allow_pickle_weights), dtype, device, group, lambda *_: None
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -197,14 +197,15 @@ async def _first(items: AsyncIterator[HttpHead | bytes]) -> HttpHead | bytes:
         ({"max_model_len": "many"}, "max-model-len.*many"),
         ({"enforce_eager": 1}, "enforce_eager = 1: write true or false"),
         ({"seed": None}, "seed is null"),
+        ({"allowed_media_domain": ["a.b"]}, "nearest is allowed_media_domains"),
         ({"enable_auto_tool_choice": True}, "requires --tool-call-parser"),
         ({"enable_auto_tool_choice": True, "tool_call_parser": "nope"}, "nope"),
     ],
 )
 async def test_bad_engine_args(engine_args: dict[str, Any], words: str) -> None:
-    spec = spec_of("somewhere", **engine_args)
+    spec = spec_of("/somewhere", **engine_args)
     with pytest.raises(ConfigError, match=f"model 'tiny:exact': engine_args.*{words}"):
-        await ArReplica(spec, group_of(spec), "somewhere").check_health()
+        await ArReplica(spec, group_of(spec), "/somewhere").check_health()
 
 
 async def test_the_device_must_be_the_one_that_vllm_runs_on() -> None:
@@ -213,9 +214,9 @@ async def test_the_device_must_be_the_one_that_vllm_runs_on() -> None:
     from omni_ray.replica.vllm_adapter import serve_args
 
     device = "cuda" if current_platform.is_cpu() else "cpu"
-    group = group_of(spec_of("somewhere")).model_copy(update={"device": device})
+    group = group_of(spec_of("/somewhere")).model_copy(update={"device": device})
     with pytest.raises(ConfigError, match=f"device = '{device}'"):
-        serve_args(group, "somewhere")
+        serve_args(group, "/somewhere")
 
 
 async def test_engine_args_are_typed_by_vllm() -> None:
@@ -228,8 +229,8 @@ async def test_engine_args_are_typed_by_vllm() -> None:
         "middleware": ["a.b", "c.d"],
         "max-num-seqs": 7,
     }
-    args = serve_args(group_of(spec_of("somewhere", **given)), "somewhere")
-    assert (args.model, args.served_model_name) == ("somewhere", ["tiny", "tiny:exact"])
+    args = serve_args(group_of(spec_of("/somewhere", **given)), "/somewhere")
+    assert (args.model, args.served_model_name) == ("/somewhere", ["tiny", "tiny:exact"])
     assert (args.max_model_len, args.enable_prefix_caching, args.max_num_seqs) == (2000, False, 7)
     assert (args.hf_overrides, args.middleware) == ({"rope_theta": 1e4}, ["a.b", "c.d"])
 
@@ -238,19 +239,66 @@ async def test_the_groups_own_keys_become_flags() -> None:
     from omni_ray.replica.vllm_adapter import serve_args
 
     keys = {"load_format": "dummy", "dtype": "float32", "trust_remote_code": True, "quantization": "fp8"}
-    args = serve_args(group_of(spec_of("somewhere")).model_copy(update=keys), "somewhere")
+    args = serve_args(group_of(spec_of("/somewhere")).model_copy(update=keys), "/somewhere")
     assert {key: getattr(args, key) for key in keys} == keys
+
+
+@pytest.mark.parametrize(
+    ("files", "keys", "load_format"),
+    [
+        (["model.safetensors"], {}, "safetensors"),
+        (["consolidated.safetensors", "model.safetensors"], {}, "mistral"),
+        (["pytorch_model.bin"], {}, "safetensors"),
+        (["pytorch_model.bin"], {"allow_pickle_weights": True}, "auto"),
+        (["pytorch_model.bin"], {"load_format": "runai_streamer"}, "runai_streamer"),
+    ],
+)
+async def test_pickles_are_not_read(files: list[str], keys: dict[str, Any], load_format: str, tmp_path: Any) -> None:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from omni_ray.replica.vllm_adapter import serve_args
+
+    for file in files:
+        (tmp_path / file).touch()
+    args = serve_args(group_of(spec_of("/somewhere")).model_copy(update=keys), str(tmp_path))
+    assert args.load_format == load_format
+    if "pytorch_model.bin" in files and load_format == "safetensors":
+        with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+            DefaultModelLoader(LoadConfig(load_format=load_format))._prepare_weights(
+                str(tmp_path), None, None, True, None
+            )
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{}/a.png", "http://nothing.invalid@127.0.0.1:{}/a.png"])
+async def test_vllm_fetches_nothing(url: str) -> None:
+    from vllm.multimodal.media import MediaConnector
+
+    from omni_ray.replica.vllm_adapter import serve_args
+
+    args = serve_args(group_of(spec_of("/somewhere")), "/somewhere")
+    hits = []
+    server = await asyncio.start_server(lambda reader, writer: hits.append(writer.close()), "127.0.0.1", 0)
+    connector = MediaConnector(
+        allowed_media_domains=args.allowed_media_domains, allowed_local_media_path=args.allowed_local_media_path
+    )
+    async with server:
+        with pytest.raises(ValueError, match="allowed domains"):
+            await connector.fetch_image_async(url.format(server.sockets[0].getsockname()[1]))
+    with pytest.raises(RuntimeError, match="allowed-local-media-path"):
+        await connector.fetch_image_async("file:///etc/hostname")
+    assert not hits
 
 
 async def test_several_nodes_are_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     from omni_ray.replica import vllm_adapter
 
-    spread = group_of(spec_of("somewhere")).model_copy(update={"parallel": ArParallel(tensor=2, num_nodes=2)})
+    spread = group_of(spec_of("/somewhere")).model_copy(update={"parallel": ArParallel(tensor=2, num_nodes=2)})
     if vllm_adapter.current_platform.is_cpu():
         with pytest.raises(ConfigError, match="num_nodes = 2, but vLLM spans nodes with GPUs alone"):
-            vllm_adapter.serve_args(spread, "somewhere")
+            vllm_adapter.serve_args(spread, "/somewhere")
         monkeypatch.setattr(type(vllm_adapter.current_platform), "is_cpu", lambda self: False)
-    args = vllm_adapter.serve_args(spread, "somewhere")
+    args = vllm_adapter.serve_args(spread, "/somewhere")
     assert (args.distributed_executor_backend, args.tensor_parallel_size) == ("ray", 2)
 
 

@@ -189,7 +189,7 @@ def test_the_last_user_message_is_the_prompt() -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "image_url", "image_url": {"url": "https://x/y.png"}}, "is no data: URL"),
+        ({"type": "image_url", "image_url": {"url": "ftp://x/y.png"}}, "is neither"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,a"}}, "the base64 is broken"),
         ({"type": "input_audio"}, "type 'input_audio' is none of text, image_url"),
         ({"type": "text"}, "needs the key text"),

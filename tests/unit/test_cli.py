@@ -22,8 +22,9 @@ from omni_ray.cli import main
 from omni_ray.cli.announce import announcement
 from omni_ray.cli.cluster import Cluster, _set_environment
 from omni_ray.cli.progress import ProgressLines
-from omni_ray.cli.ready import phase_of, without_traceback
+from omni_ray.cli.ready import phase_of
 from omni_ray.config.load import load_file
+from omni_ray.errors import without_traceback
 from omni_ray.messages import GroupStatus, LoadProgress
 
 ROOT = Path(__file__).parents[2]

@@ -111,6 +111,36 @@ BROKEN = {
         f"{MODEL_0}.cache.threshold",
         "is TeaCache's; set kind: teacache",
     ),
+    "engine argument that the endpoint is for": (
+        HEAD + CHAT.replace("}", ", engine_args: {allowed-media-domains: [a.b]}}"),
+        "6:90",
+        f"{MODEL_0}.engine_args.allowed-media-domains",
+        "set api.media_hosts instead",
+    ),
+    "engine argument that runs a checkpoint's code": (
+        HEAD + CHAT.replace("}", ", engine_args: {trust-remote-code: true}}"),
+        "6:86",
+        f"{MODEL_0}.engine_args.trust-remote-code",
+        "set trust_remote_code of the model instead",
+    ),
+    "format of pickles": (
+        HEAD + CHAT.replace("}", ", load_format: PT}"),
+        "6:66",
+        f"{MODEL_0}.load_format",
+        "reads pickles, which can run code that is in them",
+    ),
+    "host of media": (
+        HEAD + CHAT + "      api: {media_hosts: ['https://a.b/c']}\n",
+        "7:27",
+        "applications[0].args.api.media_hosts[0]",
+        "it should match pattern",
+    ),
+    "network of media": (
+        HEAD + CHAT + "      api: {media_networks: [10.1.0.1/16]}\n",
+        "7:30",
+        "applications[0].args.api.media_networks[0]",
+        "has host bits set; write it like 10.1.0.0/16",
+    ),
     "engine argument with a key of its own": (
         HEAD + CHAT.replace("}", ", engine_args: {max-model-len: 9, tensor-parallel-size: 2}}"),
         "6:107",

@@ -19,6 +19,7 @@ from omni_ray.router.estimate import play_forward
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
+from omni_ray.router.quota import Quotas
 
 
 def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
@@ -132,7 +133,7 @@ USAGE = Usage(job_id="j", seed=1, steps_computed=2, steps_skipped=0, device_s=1.
 async def run(script: list[list[Event | Exception]]) -> list[Event]:
     group = DitGroup(type="dit", name="m", source="x")
     handle: Any = Replicas(script)
-    dispatcher = GroupDispatcher(group, handle)
+    dispatcher = GroupDispatcher(group, handle, Quotas())
     return [event async for event in dispatcher.run(dispatcher.admit(job()))]
 
 
@@ -146,7 +147,7 @@ async def test_a_lost_job_goes_on_from_its_last_snapshot() -> None:
     snapshot = Snapshot(job_id="j", step=1, data=b"latents")
     replicas = Replicas([[STEP, snapshot, RayActorError()]] + [[RayActorError()]] * 2 + [[USAGE]])
     handle: Any = replicas
-    dispatcher = GroupDispatcher(DitGroup(type="dit", name="m", source="x"), handle)
+    dispatcher = GroupDispatcher(DitGroup(type="dit", name="m", source="x"), handle, Quotas())
     events = [event async for event in dispatcher.run(dispatcher.admit(job()))]
     assert isinstance(events[-1], Usage)
     assert [each.resume for each in replicas.asked] == [None, b"latents", b"latents", b"latents"]

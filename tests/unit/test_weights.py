@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,3 +276,51 @@ def test_a_cpu_rank_maps_its_files(checkpoint: Any) -> None:
     pipe = loader.load_pipeline(checkpoint("flux"), torch.float32, CPU, group, lambda *progress: seen.append(progress))
     assert not any(parameter.is_meta for each in transformers_of(pipe).values() for parameter in each.parameters())
     assert seen[-1][0] == seen[-1][1]
+
+
+class Payload:
+    """What a pickle does to who reads it without care: this one writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._file}",)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("decoy", [False, True])
+def test_pickled_weights_are_refused(decoy: bool, component: str, tmp_path: Path) -> None:
+    """Also where a file in safetensors lies beside them that nobody would read."""
+    folder, payload = build("flux", tmp_path / "flux"), Payload(tmp_path / "ran")
+    name = "diffusion_pytorch_model.bin" if component == "transformer" else "pytorch_model.bin"
+    for file in (folder / component).glob("*.safetensors"):
+        torch.save({"x": payload}, file.with_name(name))
+        file.rename(file.with_name("other.safetensors")) if decoy else file.unlink()
+    error = OSError if decoy else ConfigError
+    with pytest.raises(error, match="safetensors" if decoy else rf"only {name}; .*allow_pickle_weights: true"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_read_where_that_is_allowed(tmp_path: Path) -> None:
+    folder = build("flux", tmp_path)
+    wanted = load(folder)
+    (folder / "transformer" / weights.FILE).unlink()
+    torch.save(wanted.transformer.state_dict(), folder / "transformer" / "diffusion_pytorch_model.bin")
+    assert_same(load(folder, allow_pickle_weights=True).transformer, wanted.transformer)
+
+
+def test_code_of_the_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder = build("flux", tmp_path / "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "scheduler" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["mine", "Mine"]}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def load(folder: Path, **keys: Any) -> Any:
+    group = DitGroup.model_validate({"name": "x", "type": "dit", "source": "x", **keys})
+    return loader.load_pipeline(folder, torch.float32, CPU, group, lambda *progress: None)
