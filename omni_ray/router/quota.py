@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 
@@ -46,17 +47,13 @@ class Quotas:
             return
         held = self._held[owner.key]
         outstanding_s = sum(each.remaining_s for each in held.values())
-        if (
-            held
-            and not always
-            and owner.outstanding_s is not None
-            and outstanding_s + record.remaining_s > owner.outstanding_s
-        ):
-            surplus_s = outstanding_s + record.remaining_s - owner.outstanding_s
+        allowed_s = math.inf if always or owner.outstanding_s is None else owner.outstanding_s
+        if held and outstanding_s + record.remaining_s > allowed_s:
+            surplus_s = outstanding_s + record.remaining_s - allowed_s
             wait_s = min(max(surplus_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
             raise OverLimit(
                 f"the API key {owner.key!r} has {len(held)} unfinished jobs of {outstanding_s:.1f} s, this one would "
-                f"need {record.remaining_s:.1f} s, and its limit outstanding_s is {owner.outstanding_s:g}; try again "
+                f"need {record.remaining_s:.1f} s, and its limit outstanding_s is {allowed_s:g}; try again "
                 f"in {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )

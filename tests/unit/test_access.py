@@ -220,15 +220,6 @@ async def test_a_key_over_its_rate_on_two_ingress_replicas(cluster: Cluster, key
     assert len(cluster.requests) == 4
 
 
-def test_each_key_sees_its_own_jobs() -> None:
-    assert caller.may_see(Owner(key="bob"))
-    token = caller.CALLER.set(caller.Caller("r", key=SimpleNamespace(name="alice")))  # type: ignore[arg-type]
-    try:
-        assert [caller.may_see(o) for o in (Owner(key="alice"), Owner(key="bob"), None)] == [True, False, False]
-    finally:
-        caller.CALLER.reset(token)
-
-
 async def test_a_changed_file_counts_without_a_restart(
     cluster: Cluster, keys_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
