@@ -24,7 +24,6 @@ from benchmarks.serving.client import Target
 from benchmarks.serving.flags import parser, workload
 from benchmarks.serving.limits import find_problems
 from benchmarks.serving.load import Load, run
-from benchmarks.serving.plots import plot_run
 from benchmarks.serving.report import summarise, table
 from benchmarks.serving.request import Request
 from benchmarks.serving.slo import WarmUpFailed, deadlines, measure_alone
@@ -43,7 +42,10 @@ def main() -> None:
         alone_s = asyncio.run(measure_alone(requests, target, args.warmup)) if args.warmup else {}
     except (OSError, aiohttp.ClientError, ValueError, WarmUpFailed) as error:
         sys.exit(f"benchmarks.serving: {error}")
-    rows = [_run_once(args, requests, target, alone_s, limit) for limit in args.max_concurrency or [None]]
+    rows = []
+    for number, limit in enumerate(args.max_concurrency or [None]):
+        args.seed += number > 0  # other prompts, or the server has them in its cache
+        rows.append(_run_once(args, workload(args) if number else requests, target, alone_s, limit))
     if not all(row["completed"] for row in rows):
         sys.exit("benchmarks.serving: no request succeeded")
 
@@ -83,6 +85,8 @@ def _run_once(
         with args.json.open("a") as file:
             file.write(json.dumps(head | row) + "\n")
     if args.plot:
+        from benchmarks.serving.plots import plot_run  # matplotlib takes a second to import
+
         several = len(args.max_concurrency or ()) > 1
         plot_run(ran, deadline_s, args.plot.with_stem(f"{args.plot.stem}-{limit}") if several else args.plot)
     return row

@@ -30,13 +30,12 @@ POINT_S = 0.004
 
 def plot_run(run: Run, deadline_s: Mapping[str, float], file: Path) -> None:
     """Left the latencies of each class, right the requests by outcome, and how many were in flight."""
-    figure = pyplot.figure(figsize=(12, 5.5))
+    figure = pyplot.figure(figsize=(12, 6), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.4), height_ratios=(2.4, 1))
     _plot_latencies(figure.add_subplot(grid[:, 0]), run.outcomes, deadline_s)
     timeline = figure.add_subplot(grid[0, 1])
     _plot_timeline(timeline, run.outcomes, deadline_s)
     _plot_in_flight(figure.add_subplot(grid[1, 1], sharex=timeline), run.outcomes)
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
@@ -55,7 +54,7 @@ def _plot_latencies(axis: Any, outcomes: Sequence[Outcome], deadline_s: Mapping[
     axis.set(title=title, xlabel="seconds from the sending", ylabel="share of requests", ylim=(0, 1.02), xscale="log")
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
 def _cumulative(values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -96,5 +95,5 @@ def _fate(outcome: Outcome, deadline_s: Mapping[str, float]) -> str:
 def _plot_in_flight(axis: Any, outcomes: Sequence[Outcome]) -> None:
     changes = sorted(change for o in outcomes for change in ((o.sent_s, 1), (o.end_s, -1)))
     times, counts = zip(*changes, strict=True)
-    axis.fill_between(times, np.cumsum(counts), step="post", alpha=0.4)
+    axis.fill_between(times, np.cumsum(counts), step="post", alpha=0.4, linewidth=0)
     axis.set(xlabel="seconds", ylabel="in flight", ylim=(0, None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,16 +65,12 @@ def peak_in_flight(outcomes: Iterable[Outcome]) -> int:
 
 
 def _latencies(good: Sequence[Outcome]) -> dict[str, float]:
-    """TTFT, TPOT and ITL are of what streams or answers at once; a plain answer's TTFT is its whole latency."""
-    per_token = [
-        (o.total_s - o.first_s) / (o.num_tokens - 1)
-        for o in good
-        if o.first_s is not None and o.gaps_s and o.num_tokens > 1
-    ]
+    """TTFT, TPOT and ITL are of chat alone, E2E is of everything; a plain answer's TTFT is its whole latency."""
+    chat = [(o, o.first_s) for o in good if o.kind == "chat" and o.first_s is not None]
     values = {
-        "ttft": [o.first_s for o in good if o.first_s is not None],
-        "tpot": per_token,
-        "itl": [gap for o in good if o.num_tokens for gap in o.gaps_s],
+        "ttft": [first_s for _, first_s in chat],
+        "tpot": [(o.total_s - first_s) / (o.num_tokens - 1) for o, first_s in chat if o.gaps_s and o.num_tokens > 1],
+        "itl": [gap for o, _ in chat for gap in o.gaps_s],
     }
     row = {f"{name}_{key}_ms": 1e3 * s for name, some in values.items() for key, s in statistics(some).items()}
     return row | {f"e2e_{key}_s": s for key, s in statistics([o.total_s for o in good]).items()}
@@ -150,8 +145,8 @@ def _lines(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"{row['completed']} of {row['requests']} requests in {row['duration_s']:.2f} s{limit}"
     rates = [f"{row[key]:.4g} {key}" for key in ("req/s", "tok/s", "prompt_tok/s", "img/s", "video/s") if row[key]]
     yield "  ".join([*rates, f"peak in flight {row['peak_in_flight']}"])
-    if row.get("late_p99_ms", 0) > 5:
-        yield f"sent late: {row['late_p99_ms']:.0f} ms at P99; more --clients on more cores send sooner"
+    if row.get("late_p99_ms", 0) > 20:
+        yield f"sent {row['late_p99_ms']:.0f} ms after the arrival at P99: this side is too slow; lower --request-rate"
     yield ""
     yield f"{'':>12}" + "".join(f"{name:>10}" for name in ("mean", "P50", "P95", "P99"))
     for name, unit in (("ttft", "ms"), ("tpot", "ms"), ("itl", "ms"), ("e2e", "s")):
@@ -168,10 +163,11 @@ def _lines(row: Mapping[str, Any]) -> Iterator[str]:
 def _class_lines(row: Mapping[str, Any]) -> Iterator[str]:
     width = max(len(label) for label in row["classes"])
     slo = "slo_attainment" in row
-    yield f"{'class':<{width}}   done  of  E2E P50 s  P99 s" + ("  alone s  deadline s  in time" if slo else "")
+    yield f"{'class':<{width}}   done   of  E2E P50 s  P99 s" + ("  alone s  deadline s  in time" if slo else "")
     for label, some in row["classes"].items():
-        line = f"{label:<{width}} {some['completed']:>6} {some['requests']:>3}"
-        line += f" {_short(some['e2e_p50_s']):>10} {_short(some['e2e_p99_s']):>6}"
+        line = f"{label:<{width}} {some['completed']:>6} {some['requests']:>4}"
+        times = [_short(some[f"e2e_{key}_s"]) if some["completed"] else "-" for key in ("p50", "p99")]
+        line += f" {times[0]:>10} {times[1]:>6}"
         if slo:
             line += f" {_short(some['alone_s']):>8} {_short(some['deadline_s']):>11} {some['slo_attainment']:>8.0%}"
         yield line
@@ -194,6 +190,4 @@ def _forecast_lines(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _short(value: float) -> str:
-    if value == 0 or math.isnan(value):
-        return "-"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
