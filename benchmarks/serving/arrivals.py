@@ -15,7 +15,5 @@ def arrival_times(num: int, rate: float, burstiness: float = 1.0, seed: int = 0)
     """
     if not rate > 0 or not burstiness > 0 or math.isinf(burstiness):
         raise ValueError(f"rate {rate:g} and burstiness {burstiness:g} have to be above 0, the burstiness finite")
-    if math.isinf(rate):
-        return [0.0] * num
     gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), num)
     return [float(time) for time in np.cumsum(gaps)]

@@ -156,7 +156,7 @@ def test_what_the_server_cannot_do_is_told_beforehand() -> None:
 def test_slo_counts_what_failed_as_missed() -> None:
     outcomes = [
         outcome(0, 0, 1),
-        outcome(1, 0, 2.9),
+        outcome(1, 1, 3.9),
         outcome(2, 1, 4.5),
         outcome(3, 0, 0.1, failure="HTTP 500", status=500),
     ]
@@ -176,9 +176,10 @@ def test_refusals_and_estimates_are_held_against_what_happened() -> None:
         outcome(1, 3.0, 9.0, attempt=1, end_estimate=Estimate(9.0, 6.0)),
         outcome(2, 4.0, 4.0, **refused),
         outcome(3, 5.0, 9.0),
+        outcome(4, 0.5, 0.9),
     ]
     row = summarise(Run(outcomes, 9.0), {}, 4, {})
-    assert row["completed"] == 3
+    assert row["completed"] == 4
     assert row["failed"] == {"HTTP 429": 1}
     assert row["refusals"] == {
         "num": 2,
@@ -237,10 +238,10 @@ class TinyServer:
 
         async def events() -> AsyncIterator[str]:
             kind = "image_generation.progress"
-            yield _event(type=kind, state="queued", position=0, start_s=0.2, seconds_left=0.4)
-            await asyncio.sleep(0.1)
-            yield _event(type=kind, state="running", position=None, start_s=0, seconds_left=0.3)
-            await asyncio.sleep(0.1)
+            yield _event(type=kind, state="queued", position=0, start_s=0.6, seconds_left=1.2)
+            await asyncio.sleep(0.3)
+            yield _event(type=kind, state="running", position=None, start_s=0, seconds_left=0.6)
+            await asyncio.sleep(0.3)
             yield _event(type="image_generation.completed", b64_json="aGVsbG8=")
 
         return StreamingResponse(events(), media_type="text/event-stream")
@@ -289,6 +290,7 @@ def test_the_command_streams_chat_and_counts_429s(tiny_server: int, tmp_path: Pa
     assert row["completed"] == 8
     assert row["failed"] == {"HTTP 429": 4}
     assert row["refusals"]["retry_after_s"]["p50"] == 1.0
+    assert row["duration_s"] > arrival_times(12, 40.0)[-1]
     assert row["slo_attainment"] == pytest.approx(8 / 12)
     assert row["tok/s"] == pytest.approx(NUM_TOKENS * row["req/s"])
     for gap in ("ttft", "itl", "tpot"):
@@ -317,7 +319,7 @@ def test_images_are_held_against_their_estimates(tiny_server: int, tmp_path: Pat
     assert row["img/s"] == pytest.approx(row["req/s"])
     for name in ("start", "end"):
         assert row["estimates"][name]["num"] == 4
-        assert 0.2 < row["estimates"][name]["ratio_p50"] <= 2.0, name
+        assert 0.5 < row["estimates"][name]["ratio_p50"] < 3, name
     assert "first estimate of the end" in printed
 
 
