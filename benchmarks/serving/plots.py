@@ -24,7 +24,8 @@ COLOURS = {
     "refused": "tab:purple",
     "failed": "tab:red",
 }
-POINT_S = 0.004
+CLASS_COLOURS = ("tab:blue", "tab:brown", "tab:pink", "tab:cyan", "tab:olive", "tab:grey")
+POINT_SHARE = 0.004
 """Share of the time axis below which a bar is drawn as a dot."""
 
 
@@ -42,6 +43,7 @@ def plot_run(run: Run, deadline_s: Mapping[str, float], file: Path) -> None:
 
 def _plot_latencies(axis: Any, outcomes: Sequence[Outcome], deadline_s: Mapping[str, float]) -> None:
     good = [o for o in outcomes if o.failure is None]
+    axis.set_prop_cycle(color=CLASS_COLOURS)
     for label in sorted({o.label for o in good}):
         some = [o for o in good if o.label == label]
         (line,) = axis.step(*_cumulative([o.total_s for o in some]), where="post", label=label)
@@ -67,7 +69,7 @@ def _plot_timeline(axis: Any, outcomes: Sequence[Outcome], deadline_s: Mapping[s
     found: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         found.setdefault(_fate(outcome, deadline_s), []).append(outcome)
-    short_s = POINT_S * max(o.end_s for o in outcomes)
+    short_s = POINT_SHARE * max(o.end_s for o in outcomes)
     for fate in (name for name in COLOURS if name in found):
         some = found[fate]
         index = [o.index for o in some]
@@ -77,7 +79,7 @@ def _plot_timeline(axis: Any, outcomes: Sequence[Outcome], deadline_s: Mapping[s
             index, [o.sent_s for o in some], [o.end_s for o in some], COLOURS[fate], linewidth=width, label=label
         )
         points = [o for o in some if o.total_s < short_s]
-        axis.plot([o.sent_s for o in points], [o.index for o in points], ".", color=COLOURS[fate], markersize=3)
+        axis.plot([o.sent_s for o in points], [o.index for o in points], ".", color=COLOURS[fate], markersize=5)
     axis.set(title="requests, from sending to end", ylabel="request")
     axis.tick_params(labelbottom=False)
     axis.invert_yaxis()
