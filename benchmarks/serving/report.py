@@ -50,6 +50,7 @@ def summarise(
         row["late_p99_ms"] = 1e3 * statistics([o.sent_s - o.arrival_s for o in last if not o.attempt])["p99"]
     row |= _latencies(good)
     row["failed"] = dict(collections.Counter(o.failure for o in last if o.failure))
+    row["failed_because"] = {o.failure: o.detail for o in reversed(last) if o.failure}
     row["classes"] = {label: _class(list(some), deadline_s, alone_s) for label, some in _by_label(last)}
     if deadline_s:
         row["slo_attainment"] = sum(in_time(o, deadline_s) for o in last) / len(last)
@@ -156,7 +157,7 @@ def _lines(row: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from _class_lines(row)
     for cause, num in row["failed"].items():
-        yield f"failed: {num} x {cause}"
+        yield f"failed: {num} x {cause}  {row['failed_because'][cause][:200]}".rstrip()
     yield from _forecast_lines(row)
 
 

@@ -298,7 +298,7 @@ def test_the_command_streams_chat_and_counts_429s(tiny_server: int, tmp_path: Pa
     taken_s = row["ttft_mean_ms"] / 1e3 + (NUM_TOKENS - 1) * row["tpot_mean_ms"] / 1e3
     assert row["e2e_mean_s"] == pytest.approx(taken_s)
     assert "8 of 12 requests" in printed
-    assert "failed: 4 x HTTP 429" in printed
+    assert 'failed: 4 x HTTP 429  {"error":{"code":"overloaded"}}' in printed
     assert "12/12" in printed  # the progress bar
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.width > 800
