@@ -7,6 +7,7 @@ python -m benchmarks.overhead dit SOURCE [--dummy] [--size 1024x1024] [--steps 2
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -84,21 +85,16 @@ def compare_ar(args: argparse.Namespace) -> None:
 def _load_chat(args: argparse.Namespace, side: str, command: list[str]) -> list[dict[str, Any]]:
     url, rows = f"http://127.0.0.1:{PORTS[side]}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(command, url + ("/ready" if side == "omni_ray" else "/health")):
-        for mode in ([], ["--plain"]):
-            load = [
-                "--base-url",
-                url,
-                "--model",
-                "bench",
-                "--max-concurrency",
-                *args.max_concurrency,
-                "--output-len",
-                args.output_len,
-                "--num-prompts",
-                "16",
-            ]
-            subprocess.run([sys.executable, "-m", "benchmarks.serving", *load, *mode, "--json", str(rows)], check=True)
+        for seed, (mode, concurrency) in enumerate(itertools.product(([], ["--plain"]), args.max_concurrency)):
+            load = ["--max-concurrency", concurrency, "--num-prompts", str(max(16, 4 * int(concurrency)))]
+            _load(url, rows, [*load, "--output-len", args.output_len, "--seed", str(seed), *mode])
     return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def _load(url: str, rows: Path, flags: list[str]) -> None:
+    """One run of the load generator, after two requests that warm up; its row goes into ``rows``."""
+    fixed = ["--base-url", url, "--model", "bench", "--warmup", "2", "--disable-tqdm", "--json", str(rows)]
+    subprocess.run([sys.executable, "-m", "benchmarks.serving", *fixed, *flags], check=True)
 
 
 def compare_dit(args: argparse.Namespace) -> None:
@@ -113,20 +109,8 @@ def compare_dit(args: argparse.Namespace) -> None:
     }
     url, rows = f"http://127.0.0.1:{PORTS['omni_ray']}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(_omni(args, model), url + "/ready"):
-        load = [
-            "--base-url",
-            url,
-            "--model",
-            "bench",
-            "--dataset",
-            "images",
-            "--size",
-            args.size,
-            "--steps",
-            str(args.steps),
-        ]
-        load += ["--max-concurrency", "1", "--num-prompts", str(args.images), "--clients", "1", "--json", str(rows)]
-        subprocess.run([sys.executable, "-m", "benchmarks.serving", *load], check=True)
+        load = ["--dataset", "images", "--size", args.size, "--steps", str(args.steps)]
+        _load(url, rows, [*load, "--max-concurrency", "1", "--num-prompts", str(args.images), "--clients", "1"])
         print("one request by its own account:", json.dumps(_one_image(args, url)), flush=True)
     served_s, after_s = json.loads(rows.read_text())["e2e_mean_s"], _plain_s(args)
     print(
