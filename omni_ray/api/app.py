@@ -23,6 +23,7 @@ from omni_ray.api.jobs import Jobs
 from omni_ray.api.limits import Inputs
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
+from omni_ray.api.page import add_page
 from omni_ray.api.pipeline import Drawer
 from omni_ray.api.protocol import (
     ChatRequest,
@@ -87,6 +88,7 @@ class Api:
         app.add_api_route("/health", models.health, **get, tags=["operation"])
         app.add_api_route("/ready", models.ready, **get, tags=["operation"])
         app.add_api_route("/metrics", metrics, **get, tags=["operation"])
+        add_page(app)
 
     def _add_job_routes(self, app: FastAPI) -> None:
         videos = Videos(self._directory, self._drawer, self._background, self._max_body_bytes)
