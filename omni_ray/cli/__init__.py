@@ -45,6 +45,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.tune import tune
 
         return tune(arguments)
+    if arguments.verb == "generate":
+        from omni_ray.cli.generate import generate
+
+        return generate(arguments)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
@@ -116,7 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
-    from omni_ray.cli import calibrate, tune
+    from omni_ray.cli import calibrate, generate, tune
+
+    generate.add_arguments(
+        verbs.add_parser(
+            "generate",
+            help="from a prompt: text to the terminal, images and videos to files",
+            description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+        ),
+        DEFAULT_ADDRESS,
+    )
 
     calibrate.add_arguments(
         verbs.add_parser(
