@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from omni_ray import __version__
 from omni_ray.errors import OmniRayError
@@ -120,16 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
-    from omni_ray.cli import calibrate, generate, tune
+    _add_generate(verbs)
 
-    generate.add_arguments(
-        verbs.add_parser(
-            "generate",
-            help="from a prompt: text to the terminal, images and videos to files",
-            description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
-        ),
-        DEFAULT_ADDRESS,
-    )
+    from omni_ray.cli import calibrate, tune
 
     calibrate.add_arguments(
         verbs.add_parser(
@@ -151,3 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
     return parser
+
+
+def _add_generate(verbs: Any) -> None:
+    from omni_ray.cli.generate import add_arguments
+
+    parser = verbs.add_parser(
+        "generate",
+        help="from a prompt: text to the terminal, images and videos to files",
+        description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+    )
+    add_arguments(parser, DEFAULT_ADDRESS)
