@@ -17,12 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from omni_ray.api import audit
 from omni_ray.api.caller import CALLER, Caller
 from omni_ray.api.errors import error_from, error_response
+from omni_ray.api.page import FILES
 from omni_ray.config.keys import ApiKey, hash_of, read_keys
 from omni_ray.errors import Cancelled, ConfigError, OmniRayError, WrongKey
 
 logger = logging.getLogger("ray.serve")
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/openapi.json", *FILES})
 """What needs no key. `/metrics` needs one, as it tells of everybody's traffic; one with `models: []` will do."""
 UNAUDITED_PATHS = frozenset({"/health", "/ready"})
 REQUEST_ID = "x-request-id"

@@ -29,6 +29,7 @@ from omni_ray.api.media import Fetcher
 from omni_ray.api.meters import UNCOUNTED, Measured
 from omni_ray.api.metrics import metrics
 from omni_ray.api.models import Models
+from omni_ray.api.page import add_page
 from omni_ray.api.pipeline import Drawer
 from omni_ray.api.protocol import (
     ChatRequest,
@@ -105,6 +106,7 @@ class Api:
         app.add_api_route("/health", models.health, **get, tags=[UNCOUNTED])
         app.add_api_route("/ready", models.ready, **get, tags=[UNCOUNTED])
         app.add_api_route("/metrics", metrics, **get, tags=[UNCOUNTED])
+        add_page(app)
 
     def _add_job_routes(self, app: FastAPI) -> None:
         videos = Videos(self._directory, self._drawer, self._background, self._max_body_bytes)

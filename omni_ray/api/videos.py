@@ -83,7 +83,7 @@ class Videos:
         drawing, job, rewritten = await self._drawer.prepare(route, asked, inputs, submission.request_id)
         if drawing.limits["output"] != "video":
             raise RequestError(f"{route.name} makes images; use /v1/images/generations", param="model")
-        job = _timed(asked, drawing, job)
+        job = timed(asked, drawing, job)
         said = {"prompt": asked.prompt} | ({"revised_prompt": rewritten.text} if rewritten else {})
         return await self._background.submit("video", drawing, job, said, submission)
 
@@ -98,7 +98,7 @@ class Videos:
         return {name: value if name in known else typed(value) for name, value in body.items()}, images, False
 
 
-def _timed(asked: VideosRequest, drawing: Route, job: Job) -> Job:
+def timed(asked: VideosRequest, drawing: Route, job: Job) -> Job:
     """The job with its frames and their rate, from ``seconds`` where ``num_frames`` is not said.
 
     :raises RequestError: so many seconds are more frames than the model makes.

@@ -50,6 +50,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.key import key
 
         return key(arguments.name)
+    if arguments.verb == "generate":
+        from omni_ray.cli.generate import generate
+
+        return generate(arguments)
     from omni_ray.cli.status import status
 
     return status(arguments.address)
@@ -122,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
     _add_tools(verbs)
+    _add_generate(verbs)
     return parser
 
 
@@ -151,3 +156,14 @@ def _add_tools(verbs: Any) -> None:
 
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
+
+
+def _add_generate(verbs: Any) -> None:
+    from omni_ray.cli.generate import add_arguments
+
+    parser = verbs.add_parser(
+        "generate",
+        help="from a prompt: text to the terminal, images and videos to files",
+        description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+    )
+    add_arguments(parser, DEFAULT_ADDRESS)
