@@ -35,6 +35,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.plan import plan
 
         return plan(arguments.file, arguments.inventory)
+    if arguments.verb == "helm-values":
+        from omni_ray.cli.helm_values import helm_values
+
+        return helm_values(arguments.file, arguments.inventory)
     if arguments.verb == "serve":
         return _serve(arguments)
     if arguments.verb == "calibrate":
@@ -95,15 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         help="say what would run where, whether it fits and how fast, without starting anything",
         description="Needs no GPU, no network and no weights: sizes come from the checkpoints' configs and headers.",
     )
-    plan.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
-    plan.add_argument(
-        "--inventory",
-        action="append",
-        default=[],
-        metavar="NODES",
-        help="plan for such nodes, as in '8xH100-80G x 2': GPUs per node, card, nodes; repeat it for unlike nodes "
-        "(default: this machine)",
+    _add_file_and_inventory(plan)
+
+    helm_values = verbs.add_parser(
+        "helm-values",
+        help="write the values of the Helm chart that follow from a file and its plan",
+        description="Prints a values file for helm/omni-ray. Needs what `omni-ray plan` needs.",
     )
+    _add_file_and_inventory(helm_values)
 
     serve = verbs.add_parser(
         "serve",
@@ -138,3 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
     return parser
+
+
+def _add_file_and_inventory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+    parser.add_argument(
+        "--inventory",
+        action="append",
+        default=[],
+        metavar="NODES",
+        help="plan for such nodes, as in '8xH100-80G x 2': GPUs per node, card, nodes; repeat it for unlike nodes "
+        "(default: this machine)",
+    )
