@@ -21,13 +21,12 @@ from omni_ray.plan.pods import cache_gib, worker_groups
 
 def helm_values(path: str, inventory: Sequence[str]) -> int:
     """Print the values file. Raises ConfigError where the file cannot be served, or not everything fits."""
-    command = " ".join(["omni-ray helm-values", path, *(f"--inventory {shlex.quote(nodes)}" for nodes in inventory)])
-    print(f"# $ {command}\n\n{values_text(path, inventory)}", end="")
+    print(values_file(path, inventory), end="")
     return 0
 
 
-def values_text(path: str, inventory: Sequence[str]) -> str:
-    """The values as YAML, as far as they differ from the chart's own. Raises ConfigError as `helm_values` does."""
+def values_file(path: str, inventory: Sequence[str]) -> str:
+    """The command, and as YAML what differs from the chart's own values. Raises ConfigError as `helm_values` does."""
     file = load_file(path)
     application = _only(file, path)
     plans = plans_of([application.args], inventory)
@@ -37,7 +36,8 @@ def values_text(path: str, inventory: Sequence[str]) -> str:
     args = read_yaml(Path(path)).data["applications"][0]["args"]
     values = {"args": args} | _beside_args(file, plans)
     ChartValues.model_validate(values)
-    return yaml.safe_dump(values, sort_keys=False, width=120)
+    command = " ".join(["omni-ray helm-values", path, *(f"--inventory {shlex.quote(nodes)}" for nodes in inventory)])
+    return f"# $ {command}\n\n" + yaml.safe_dump(values, sort_keys=False, width=120)
 
 
 def _only(file: ServeFile, path: str) -> OmniApplication:

@@ -73,7 +73,7 @@ class Workers(Pod):
     maxReplicas: int | None = Field(None, ge=1, description="With the autoscaler; null: as replicas.")
     gpus: int = Field(0, ge=0, description="Of each pod. A replica on one node needs all its GPUs in one pod.")
     gpuResource: Text = Field("nvidia.com/gpu", description="What the device plugin calls a GPU.")
-    spread: bool = Field(False, description="No two pods of the group on one machine.")
+    spread: bool = Field(False, description="Evenly over machines.")
 
 
 class Autoscaler(Block):
@@ -84,7 +84,7 @@ class Autoscaler(Block):
     upscalingMode: Literal["Default", "Conservative", "Aggressive"] = "Default"
 
 
-class Cache(Block):
+class CacheVolume(Block):
     """One volume for all workers: weights (HF_HOME) and what torch and vLLM compiled."""
 
     kind: Literal["claim", "existingClaim", "hostPath", "emptyDir"] = Field(
@@ -180,10 +180,10 @@ class ChartValues(Block):
     fullnameOverride: str = ""
     image: Image = Image()
     http: Http = Http()
-    head: Pod = Pod()
+    head: Pod = Pod(memoryGiB=3)
     workers: list[Workers] = Field([Workers(name="cpu", cpus=2, memoryGiB=8, sharedMemoryGiB=2)], min_length=1)
     autoscaler: Autoscaler = Autoscaler()
-    cache: Cache = Cache()
+    cache: CacheVolume = CacheVolume()
     env: dict[str, str] = Field({}, description="Further environment variables of every pod.")
     huggingFaceToken: Secret = Secret(key="token")
     apiKeys: Secret = Field(Secret(key="keys"), description="The file of API keys; see api.keys_file of the spec.")

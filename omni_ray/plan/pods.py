@@ -19,13 +19,17 @@ from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Seat
 from omni_ray.plan.plan import GroupPlan, Plan
 
-# GiB of main memory, estimates on the safe side: of Ray's own processes in a pod; of a rank on a GPU, beside weights
-# that it keeps there; of the replica's other processes, of which vLLM has two.
-RAY_GIB = 3.0
-GPU_RANK_GIB = 6.0
+RAY_GIB = 2.0
 REPLICA_GIB = {"ar": 1.5, "dit": 0.5}
-SHARED_GIB_PER_RANK = 2
-"""Half of it is Ray's object store, half for NCCL and for what vLLM's processes share."""
+"""Main memory of Ray's own processes in a pod, and of a replica's processes beside its ranks. With the demo models they
+take about half of that."""
+
+GPU_RANK_GIB = 6.0
+"""Main memory of a rank on a GPU, beside weights that it keeps there. An estimate."""
+
+SHARED_GIB_PER_RANK = 1
+MIN_SHARED_GIB = 2
+"""Half of it is Ray's object store, half for NCCL and for what vLLM's processes share, 0.4 GiB for one replica."""
 
 CPUS_PER_GPU_RANK = 2
 CACHE_SPARE_GIB = 10
@@ -63,7 +67,10 @@ class Load:
 
 
 def worker_groups(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """A group of pods for each kind of node that the plans use: `workers` of the chart. The plans share an inventory."""
+    """A group of pods for each kind of node that the plans use, as `workers` of the chart.
+
+    The plans share an inventory.
+    """
     kinds: dict[tuple[Card | None, int], list[Load]] = {}
     for node, load in _loads(plans):
         kinds.setdefault((node.card, node.num_gpus), []).append(load)
@@ -120,7 +127,7 @@ def _least(group: ArGroup | DitGroup) -> int:
 
 def _workers(card: Card | None, num_gpus: int, loads: list[Load]) -> dict[str, Any]:
     """What is not in it stays as the chart has it."""
-    shared = SHARED_GIB_PER_RANK * max(load.num_ranks for load in loads)
+    shared = max(MIN_SHARED_GIB, SHARED_GIB_PER_RANK * max(load.num_ranks for load in loads))
     least = sum(load.is_needed for load in loads)
     values: dict[str, Any] = {"name": f"{num_gpus}x{card.name.lower()}" if card else "cpu", "replicas": least}
     if least < len(loads):
