@@ -19,5 +19,6 @@ check: setup    # style, types, import rules, shape
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/unit/test_shape.py
 
-docs: setup     # docs/configuration.md from the spec
+docs: setup     # docs/configuration.md and the schema of the chart's values, from the spec
 	$(BIN)/python -m omni_ray.config.docs > docs/configuration.md
+	$(BIN)/python -m omni_ray.config.chart > helm/omni-ray/values.schema.json

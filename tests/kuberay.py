@@ -36,8 +36,18 @@ def one_of(*values: str) -> Schema:
 
 
 METADATA = kubernetes("apimachinery.pkg.apis.meta.v1.ObjectMeta")
-POD = kubernetes("api.core.v1.PodTemplateSpec")
-SERVICE = kubernetes("api.core.v1.Service")
+# Of the metadata of an object within a custom resource, these are kept.
+EMBEDDED = block(
+    annotations=TEXTS, finalizers={"type": "array", "items": TEXT}, labels=TEXTS, name=TEXT, namespace=TEXT
+)
+
+
+def embedded(kind: str) -> Schema:
+    return {"allOf": [kubernetes(kind), {"properties": {"metadata": EMBEDDED}}]}
+
+
+POD = embedded("api.core.v1.PodTemplateSpec")
+SERVICE = embedded("api.core.v1.Service")
 
 CREDENTIAL = block(value=TEXT, valueFrom=kubernetes("api.core.v1.EnvVarSource"))
 

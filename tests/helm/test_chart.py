@@ -204,6 +204,7 @@ def test_workers_wait_for_the_models_once(rendered: dict[str, Manifests], tmp_pa
 def test_high_availability(rendered: dict[str, Manifests]) -> None:
     service, manifests = only(rendered["ha"], "RayService")["spec"], rendered["ha"]
     assert service["upgradeStrategy"]["clusterUpgradeOptions"]["gatewayClassName"] == "istio"
+    assert service["serveService"]["spec"]["type"] == "LoadBalancer"
     config = cluster(manifests)
     assert config["gcsFaultToleranceOptions"]["redisAddress"] == "redis.models:6379"
     assert config["authOptions"] == {"mode": "token"}
@@ -248,6 +249,7 @@ def test_notes_name_three_commands(helm: Helm) -> None:
     commands = [line.strip() for line in notes.splitlines() if line.startswith("  ")]
     assert [command.split()[0] for command in commands] == ["kubectl", "kubectl", "curl"]
     assert "rayservice/release-omni-ray" in commands[0]
+    assert "service/release-omni-ray-serve-svc 8000:8000" in commands[1]
     assert '"demo-chat"' in commands[2]
 
 
@@ -294,6 +296,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "more shared memory than memory": ({"head": {"sharedMemoryGiB": 3}}, "head.sharedMemoryGiB: 3 is part"),
     "a volume of one machine for several": ({"workers": [{"name": "a", "spread": True}]}, "cache.accessMode"),
     "a claim without a name": ({"cache": {"kind": "existingClaim"}}, "cache.existingClaim: is missing"),
+    "a name that begins with a digit": ({"fullnameOverride": "2nd"}, "fullnameOverride: the release would be"),
     "no dashboards": ({"metrics": {"dashboards": {"enable": True}}}, "additional properties 'enable' not allowed"),
 }
 

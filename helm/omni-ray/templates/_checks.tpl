@@ -1,5 +1,9 @@
 {{/* Rules about more than one key, which the schema cannot say. */}}
 {{- define "omni-ray.checks" -}}
+{{- $fullname := include "omni-ray.fullname" . }}
+{{- if not (regexMatch "^[a-z]" $fullname) }}
+{{- fail (printf "fullnameOverride: the release would be called %q, but KubeRay needs a letter first; set it" $fullname) }}
+{{- end }}
 {{- $names := list }}
 {{- range $i, $group := .Values.workers }}
 {{- $where := printf "workers[%d]" $i }}

@@ -1,4 +1,4 @@
-{{/* KubeRay appends to the name of a RayService, and ends it at 63 characters. */}}
+{{/* KubeRay makes longer names of a RayService's, such as that of the service, within 50 characters. */}}
 {{- define "omni-ray.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
 {{- end }}
