@@ -201,6 +201,17 @@ def test_workers_wait_for_the_models_once(rendered: dict[str, Manifests], tmp_pa
         node.shutdown()
 
 
+def test_a_new_chart_leaves_pods_as_they_are(helm: Helm, tmp_path: Path, rendered: dict[str, Manifests]) -> None:
+    """KubeRay makes a new cluster when the pods change."""
+    copy = tmp_path / "omni-ray"
+    shutil.copytree(CHART, copy)
+    about = yaml.safe_load((copy / "Chart.yaml").read_text())
+    (copy / "Chart.yaml").write_text(yaml.safe_dump(about | {"version": "9.9.9"}))
+    changed = helm.render(FILES["ha"], chart=copy)
+    assert changed != rendered["ha"]
+    assert cluster(changed) == cluster(rendered["ha"])
+
+
 def test_high_availability(rendered: dict[str, Manifests]) -> None:
     service, manifests = only(rendered["ha"], "RayService")["spec"], rendered["ha"]
     assert service["upgradeStrategy"]["clusterUpgradeOptions"]["gatewayClassName"] == "istio"

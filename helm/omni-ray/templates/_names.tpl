@@ -14,13 +14,15 @@
 {{- end }}
 {{- end }}
 
-{{- define "omni-ray.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "omni-ray.name" . }}
+{{/* Of pods. KubeRay gives app.kubernetes.io/name a value of its own, and a change of a pod's label makes new pods. */}}
+{{- define "omni-ray.podLabels" -}}
+app.kubernetes.io/part-of: {{ include "omni-ray.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
 {{- define "omni-ray.labels" -}}
-{{ include "omni-ray.selectorLabels" . }}
+{{ include "omni-ray.podLabels" . }}
+app.kubernetes.io/name: {{ include "omni-ray.name" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}

@@ -75,7 +75,7 @@
 {{- $root := .root }}{{ $pod := .pod }}{{ $isHead := eq .component "head" -}}
 metadata:
   labels:
-    {{- include "omni-ray.labels" $root | nindent 4 }}
+    {{- include "omni-ray.podLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
     {{- with $pod.labels }}{{ toYaml . | nindent 4 }}{{ end }}
   {{- with $pod.annotations }}
@@ -109,7 +109,7 @@ spec:
       whenUnsatisfiable: DoNotSchedule
       labelSelector:
         matchLabels:
-          {{- include "omni-ray.selectorLabels" $root | nindent 10 }}
+          {{- include "omni-ray.podLabels" $root | nindent 10 }}
           app.kubernetes.io/component: {{ .component }}
   {{- end }}
   securityContext:
