@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 
 from omni_ray.cli.plan import plans_of
-from omni_ray.config.chart import ChartValues
 from omni_ray.config.document import read_yaml
 from omni_ray.config.load import load_file
-from omni_ray.config.serve_file import OmniApplication, ServeFile
+from omni_ray.config.serve_file import HttpOptions, OmniApplication, ServeFile
 from omni_ray.errors import ConfigError
 from omni_ray.plan.plan import Plan
 from omni_ray.plan.pods import cache_gib, worker_groups
+
+MIN_PORT = 1024
 
 
 def helm_values(path: str, inventory: Sequence[str]) -> int:
@@ -35,9 +36,16 @@ def values_file(path: str, inventory: Sequence[str]) -> str:
     # As they are in the file, which a model's dump would reorder.
     args = read_yaml(Path(path)).data["applications"][0]["args"]
     values = {"args": args} | _beside_args(file, plans)
-    ChartValues.model_validate(values)
     command = " ".join(["omni-ray helm-values", path, *(f"--inventory {shlex.quote(nodes)}" for nodes in inventory)])
     return f"# $ {command}\n\n" + yaml.safe_dump(values, sort_keys=False, width=120)
+
+
+def _http(options: HttpOptions) -> dict[str, float]:
+    """`http` of the chart. Raises ConfigError for a port that a user without rights cannot listen at."""
+    if options.port < MIN_PORT:
+        raise ConfigError(f"http_options.port: {options.port} is below {MIN_PORT}, which needs rights that pods lack")
+    http: dict[str, float] = {"port": options.port} if "port" in options.model_fields_set else {}
+    return http | ({"requestTimeoutSeconds": options.request_timeout_s} if options.request_timeout_s else {})
 
 
 def _only(file: ServeFile, path: str) -> OmniApplication:
@@ -60,7 +68,4 @@ def _beside_args(file: ServeFile, plans: Sequence[Plan]) -> dict[str, Any]:
         values["cache"] |= {"accessMode": "ReadWriteMany", "keep": True}
     if least < most:
         values["autoscaler"] = {"enabled": True}
-    http: dict[str, float] = {"port": file.http_options.port} if "port" in file.http_options.model_fields_set else {}
-    if file.http_options.request_timeout_s:
-        http["requestTimeoutSeconds"] = file.http_options.request_timeout_s
-    return values | ({"http": http} if http else {})
+    return values | ({"http": http} if (http := _http(file.http_options)) else {})

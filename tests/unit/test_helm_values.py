@@ -91,6 +91,11 @@ def test_http_options_come_along(values: Any) -> None:
     assert made["http"] == {"port": 8100, "requestTimeoutSeconds": 60}
 
 
+def test_a_port_that_needs_rights_is_refused(values: Any) -> None:
+    with pytest.raises(ConfigError, match=r"http_options.port: 80 is below 1024"):
+        values(QWEN, http_options={"port": 80})
+
+
 def test_what_does_not_fit_is_refused(values: Any) -> None:
     with pytest.raises(ConfigError, match=r"models\[0\].memory: text_encoder"):
         values({"name": "flux2", "type": "dit", "source": "black-forest-labs/FLUX.2-dev"}, inventory="1xRTX4090-24G")
