@@ -20,6 +20,7 @@ check: setup    # style, types, import rules, shape
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/unit/test_shape.py
 
-docs: setup     # docs/configuration.md from the spec, docs/metrics.md from the table of metrics
+docs: setup     # docs/configuration.md and the chart's schema from the spec, docs/metrics.md from the table of metrics
 	$(BIN)/python -m omni_ray.config.docs > docs/configuration.md
 	$(BIN)/python -m omni_ray.metrics > docs/metrics.md
+	$(BIN)/python -m omni_ray.config.chart > helm/omni-ray/values.schema.json

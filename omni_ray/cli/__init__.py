@@ -36,6 +36,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.plan import plan
 
         return plan(arguments.file, arguments.inventory)
+    if arguments.verb == "helm-values":
+        from omni_ray.cli.helm_values import helm_values
+
+        return helm_values(arguments.file, arguments.inventory)
     if arguments.verb == "serve":
         return _serve(arguments)
     if arguments.verb == "calibrate":
@@ -104,15 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         help="say what would run where, whether it fits and how fast, without starting anything",
         description="Needs no GPU, no network and no weights: sizes come from the checkpoints' configs and headers.",
     )
-    plan.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
-    plan.add_argument(
-        "--inventory",
-        action="append",
-        default=[],
-        metavar="NODES",
-        help="plan for such nodes, as in '8xH100-80G x 2': GPUs per node, card, nodes; repeat it for unlike nodes "
-        "(default: this machine)",
+    _add_file_and_inventory(plan)
+
+    helm_values = verbs.add_parser(
+        "helm-values",
+        help="write the values of the Helm chart that follow from a file and its plan",
+        description="Prints a values file for helm/omni-ray. Needs what `omni-ray plan` needs.",
     )
+    _add_file_and_inventory(helm_values)
 
     serve = verbs.add_parser(
         "serve",
@@ -167,3 +170,15 @@ def _add_generate(verbs: Any) -> None:
         description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
     )
     add_arguments(parser, DEFAULT_ADDRESS)
+
+
+def _add_file_and_inventory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a Ray Serve config, such as deployments/omni.yaml")
+    parser.add_argument(
+        "--inventory",
+        action="append",
+        default=[],
+        metavar="NODES",
+        help="plan for such nodes, as in '8xH100-80G x 2': GPUs per node, card, nodes; repeat it for unlike nodes "
+        "(default: this machine)",
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (".ci", "benchmarks", "deployments", "docs", "omni_ray", "scripts", "tests")
+FOLDERS = (".ci", "benchmarks", "deployments", "docker", "docs", "helm", "omni_ray", "scripts", "tests")
 SUFFIXES = {"", ".html", ".md", ".py", ".sh", ".toml", ".yaml"}
 GENERATED = {"docs/configuration.md"}
 
