@@ -48,14 +48,6 @@ def owner() -> Owner | None:
     return Owner(key=caller.key.name, outstanding_s=caller.key.limits.outstanding_s)
 
 
-def may_see(job_owner: Owner | None) -> bool:
-    """Whether the caller may see, read or end a job of ``job_owner``: each key its own."""
-    caller = CALLER.get()
-    if caller is None or caller.key is None:
-        return True
-    return job_owner is not None and job_owner.key == caller.key.name
-
-
 def may_use(name: str, route: Route | None) -> bool:
     """Whether the caller's key allows the model that a request calls ``name``."""
     allowed = (bounds := limits()) and bounds.models

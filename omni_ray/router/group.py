@@ -27,12 +27,11 @@ MAX_ATTEMPTS = 3
 class GroupDispatcher:
     """Admits, queues and dispatches the jobs of one group, and runs a job again if its replica dies."""
 
-    def __init__(self, spec: DitGroup, handle: DeploymentHandle, quotas: Quotas) -> None:
+    def __init__(self, spec: DitGroup, handle: DeploymentHandle, quotas: Quotas | None = None) -> None:
         self._spec = spec
-        self._quotas = quotas
         self._handle = handle
         self._costs = CostModel()
-        self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._capacity)
+        self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._capacity, quotas)
         self.capabilities: Capabilities | None = None
 
     def _capacity(self) -> int:
@@ -48,7 +47,6 @@ class GroupDispatcher:
         """The job's events. The last one is exactly one Usage or Failure, whatever happens to the replicas."""
         record = JobRecord(job=job, cost_s=self._costs.estimate_s(job))
         try:
-            self._quotas.admit(record)
             self.queue.admit(record)
             async for place in self.queue.wait_turn(record):
                 yield Queued(job_id=job.id, position=place, start_s=self.queue.start_s(record))
@@ -61,7 +59,6 @@ class GroupDispatcher:
         finally:
             if record.state in ("queued", "running"):
                 record.state = "cancelled"
-            self._quotas.leave(record)
             await asyncio.shield(self.queue.leave(record))
 
     async def _attempts(self, record: JobRecord) -> AsyncIterator[Event]:

@@ -7,18 +7,21 @@ from collections.abc import AsyncIterator, Callable
 
 from omni_ray.errors import Overloaded
 from omni_ray.router.jobs import JobRecord
+from omni_ray.router.quota import Quotas
 
 RETRY_AFTER_S = (1.0, 60.0)
 """Bounds of the Retry-After that a refused request is told."""
 
 
 class GroupQueue:
-    """``capacity`` tells how many jobs may run now: it changes as replicas come and go."""
+    """``capacity`` tells how many jobs may run now: it changes as replicas come and go. ``quotas`` are those of the API
+    keys, which all queues share."""
 
-    def __init__(self, group: str, max_queued: int, capacity: Callable[[], int]) -> None:
+    def __init__(self, group: str, max_queued: int, capacity: Callable[[], int], quotas: Quotas | None = None) -> None:
         self._group = group
         self._max_queued = max_queued
         self._capacity = capacity
+        self._quotas = quotas or Quotas()
         self._changed = asyncio.Condition()
         self.queued: list[JobRecord] = []
         self.running: list[JobRecord] = []
@@ -34,7 +37,7 @@ class GroupQueue:
         return sum(r.remaining_s for r in (*before, *self.running)) / max(self._capacity(), 1)
 
     def admit(self, record: JobRecord) -> None:
-        """Queue the job; Overloaded, with the seconds to wait, if the queue is full."""
+        """Queue the job; Overloaded, with the seconds to wait, if the queue is full or its owner over a limit."""
         if len(self.queued) >= self._max_queued:
             wait_s = min(max(self.outstanding_s / max(self._capacity(), 1) / 2, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
             raise Overloaded(
@@ -42,6 +45,7 @@ class GroupQueue:
                 f"try again in {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )
+        self._quotas.admit(record)
         self.queued.append(record)
 
     async def wait_turn(self, record: JobRecord) -> AsyncIterator[int]:
@@ -62,6 +66,7 @@ class GroupQueue:
 
     async def leave(self, record: JobRecord) -> None:
         """The job is over, whether it ran or not."""
+        self._quotas.leave(record)
         for place in (self.queued, self.running):
             if record in place:
                 place.remove(record)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 
 from omni_ray.errors import OverLimit
 from omni_ray.router.jobs import JobRecord
-from omni_ray.router.queue import RETRY_AFTER_S
 
 WINDOW_S = 60.0
+RETRY_AFTER_S = (1.0, 60.0)
+"""Bounds of the Retry-After that a job over its limit is told."""
 
 
 class Quotas:
@@ -33,8 +35,9 @@ class Quotas:
             )
         times.append(now)
 
-    def admit(self, record: JobRecord) -> None:
-        """Hold the job until `leave`. OverLimit if its owner's jobs would need more device seconds than they may.
+    def admit(self, record: JobRecord, *, always: bool = False) -> None:
+        """Hold the job until `leave`. OverLimit if its owner's jobs would need more device seconds than they may, and
+        not ``always``.
 
         The first job of an owner always passes: what a job costs is an estimate, and the first ones of a group are what
         it learns from.
@@ -44,12 +47,13 @@ class Quotas:
             return
         held = self._held[owner.key]
         outstanding_s = sum(each.remaining_s for each in held.values())
-        if held and owner.outstanding_s is not None and outstanding_s + record.remaining_s > owner.outstanding_s:
-            surplus_s = outstanding_s + record.remaining_s - owner.outstanding_s
+        bound_s = math.inf if always or not held or owner.outstanding_s is None else owner.outstanding_s
+        surplus_s = outstanding_s + record.remaining_s - bound_s
+        if surplus_s > 0:
             wait_s = min(max(surplus_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
             raise OverLimit(
                 f"the API key {owner.key!r} has {len(held)} unfinished jobs of {outstanding_s:.1f} s, this one would "
-                f"need {record.remaining_s:.1f} s, and its limit outstanding_s is {owner.outstanding_s:g}; try again "
+                f"need {record.remaining_s:.1f} s, and its limit outstanding_s is {bound_s:g}; try again "
                 f"in {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )

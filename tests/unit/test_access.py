@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from fastapi import Request
 
 from omni_ray.api import access, caller
 from omni_ray.api.app import Api
@@ -195,6 +196,18 @@ def test_a_name_stands_for_its_profiles() -> None:
         caller.CALLER.reset(token)
 
 
+async def test_handlers_know_the_user(cluster: Cluster, keys_file: Path) -> None:
+    app = application(cluster, keys_file=str(keys_file))
+
+    async def who(request: Request) -> str:
+        return str(request.state.user)
+
+    app.add_api_route("/who", who)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as asking:
+        names = [(await asking.get("/who", headers={"x-api-key": key})).json() for key in (ALICE, BOB)]
+    assert names == ["alice", "bob"]
+
+
 async def test_a_key_has_its_size(cluster: Cluster, keys_file: Path) -> None:
     bob = client(cluster, BOB, keys_file=str(keys_file))
     answer = await bob.post(IMAGES, json=CIRCLE)
@@ -218,15 +231,6 @@ async def test_a_key_over_its_rate_on_two_ingress_replicas(cluster: Cluster, key
     assert (await replicas[0].get("/v1/models")).status_code == 200
     assert (await client(cluster, BOB, keys_file=str(keys_file)).post(CHAT, json=HELLO)).status_code == 200
     assert len(cluster.requests) == 4
-
-
-def test_each_key_sees_its_own_jobs() -> None:
-    assert caller.may_see(Owner(key="bob"))
-    token = caller.CALLER.set(caller.Caller("r", key=SimpleNamespace(name="alice")))  # type: ignore[arg-type]
-    try:
-        assert [caller.may_see(o) for o in (Owner(key="alice"), Owner(key="bob"), None)] == [True, False, False]
-    finally:
-        caller.CALLER.reset(token)
 
 
 async def test_a_changed_file_counts_without_a_restart(

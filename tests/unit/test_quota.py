@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from omni_ray.errors import OverLimit
+from omni_ray.errors import OverLimit, Overloaded
 from omni_ray.messages import Job, Owner
 from omni_ray.router import quota
 from omni_ray.router.jobs import JobRecord
+from omni_ray.router.queue import GroupQueue
 from omni_ray.router.quota import Quotas
 
 
@@ -45,3 +46,21 @@ def test_outstanding_seconds_are_of_unfinished_jobs() -> None:
     with pytest.raises(OverLimit):
         quotas.admit(first)
     quotas.admit(JobRecord(job=Job(id="9", model="d", group="d", params={}, owner=Owner(key="b")), cost_s=99.0))
+
+
+async def test_the_queues_of_all_groups_share_a_quota() -> None:
+    quotas, owner = Quotas(), Owner(key="a", outstanding_s=10.0)
+    one, other, full = (GroupQueue(name, size, lambda: 1, quotas) for name, size in (("1", 9), ("2", 9), ("3", 0)))
+    first, second = (
+        JobRecord(job=Job(id=name, model="d", group="d", params={}, owner=owner), cost_s=6.0) for name in "xy"
+    )
+    with pytest.raises(Overloaded, match="its limit is 0"):
+        full.admit(first)
+    one.admit(first)
+    with pytest.raises(OverLimit):
+        other.admit(second)
+    assert not other.queued
+    quotas.admit(second, always=True)
+    await other.leave(second)
+    await one.leave(first)
+    other.admit(second)

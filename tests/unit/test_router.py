@@ -18,7 +18,6 @@ from omni_ray.router.cost import CostModel
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
-from omni_ray.router.quota import Quotas
 
 
 def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
@@ -116,7 +115,7 @@ USAGE = Usage(job_id="j", seed=1, steps_computed=2, steps_skipped=0, device_s=1.
 async def run(script: list[list[Event | Exception]]) -> list[Event]:
     group = DitGroup(type="dit", name="m", source="x")
     handle: Any = Replicas(script)
-    return [event async for event in GroupDispatcher(group, handle, Quotas()).run(job())]
+    return [event async for event in GroupDispatcher(group, handle).run(job())]
 
 
 async def test_a_job_whose_replica_dies_runs_again_and_its_media_come_once() -> None:
