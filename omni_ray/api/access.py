@@ -111,6 +111,7 @@ class Access:
         try:
             if self._keys is not None and exchange.path not in OPEN_PATHS:
                 caller.key = self._key(Headers(scope=exchange.scope))
+                exchange.scope["state"] = {**exchange.scope.get("state", {}), "user": caller.key.name}
                 rate = caller.key.limits.requests_per_minute
                 if rate is not None and exchange.scope["method"] == "POST":
                     await self._count(caller.key.name, rate)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from fastapi import Request
 
 from omni_ray.api import access, caller
 from omni_ray.api.app import Api
@@ -193,6 +194,18 @@ def test_a_name_stands_for_its_profiles() -> None:
         assert not caller.may_use("f:other", None)
     finally:
         caller.CALLER.reset(token)
+
+
+async def test_handlers_know_the_user(cluster: Cluster, keys_file: Path) -> None:
+    app = application(cluster, keys_file=str(keys_file))
+
+    async def who(request: Request) -> str:
+        return str(request.state.user)
+
+    app.add_api_route("/who", who)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as asking:
+        names = [(await asking.get("/who", headers={"x-api-key": key})).json() for key in (ALICE, BOB)]
+    assert names == ["alice", "bob"]
 
 
 async def test_a_key_has_its_size(cluster: Cluster, keys_file: Path) -> None:
