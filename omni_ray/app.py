@@ -20,7 +20,7 @@ from omni_ray.errors import ConfigError
 from omni_ray.plan.inventory import Inventory, unknown_node
 from omni_ray.plan.placement import Placement
 from omni_ray.plan.plan import make_plan
-from omni_ray.replica import prefix
+from omni_ray.replica import prefix, scaling
 from omni_ray.replica.ar import ArReplica
 from omni_ray.replica.dit import DitReplica
 from omni_ray.router import balance
@@ -99,7 +99,7 @@ def _group_options(group: ArGroup | DitGroup, placement: Placement) -> dict[str,
         **HEALTH,
     }
     if group.autoscaling:
-        options["autoscaling_config"] = group.autoscaling.model_dump()
+        options["autoscaling_config"] = scaling.config_of(group)
     else:
         options["num_replicas"] = group.num_replicas
     return options

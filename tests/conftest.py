@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 START_S = 300
@@ -106,6 +107,10 @@ def serving(file: Path, log: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`omni-ray serve deployments/omni.yaml`."""
-    with serving(ROOT / "deployments/omni.yaml", tmp_path_factory.mktemp("server") / "log") as running:
+    """`omni-ray serve deployments/omni.yaml`, with a store of jobs of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    config = yaml.safe_load((ROOT / "deployments/omni.yaml").read_text())
+    config["applications"][0]["args"]["jobs"] = {"folder": str(folder / "jobs")}
+    (folder / "omni.yaml").write_text(yaml.safe_dump(config))
+    with serving(folder / "omni.yaml", folder / "log") as running:
         yield running

@@ -117,6 +117,8 @@ class Cluster:
 def _set_environment() -> None:
     """What Ray reads when it is imported. A variable that is set already stays."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    for side in ("REPLICA", "HANDLE"):  # how old the figures are by which groups are scaled
+        os.environ.setdefault(f"RAY_SERVE_{side}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "2")
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1" or not _has_haproxy():
         return  # Throughput mode without HAProxy would leave Serve without any proxy.
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"

@@ -27,7 +27,7 @@ from omni_ray.config.parallel import Parallel as Parallel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
 
-DEMO_SOURCES = ("demo:chat", "demo:image")
+DEMO_SOURCES = ("demo:chat", "demo:image", "demo:video")
 
 # The names of `vllm serve` for what has a key of its own here.
 VLLM_ALIASES = {
@@ -46,13 +46,23 @@ VLLM_ALIASES = {
 
 
 class Autoscaling(Block):
-    """Bounds between which Ray Serve scales a group's replicas."""
+    """Bounds between which a group's replicas are scaled by the work that waits for them."""
 
-    min_replicas: int = Field(1, ge=0, description="Replicas kept when idle.")
+    min_replicas: int = Field(1, ge=0, description="Replicas kept when idle; 0 lets the last one go too.")
     max_replicas: Positive = Field(description="Replicas at full load.")
-    target_ongoing_requests: float = Field(
-        4.0, gt=0, description="Requests in flight per replica that scaling aims at."
+    target_outstanding_s: float = Field(
+        30.0, gt=0, description="Of a DiT group: seconds of device time that may wait before each replica."
     )
+    target_ongoing_requests: float = Field(32.0, gt=0, description="Of an AR group: requests in flight per replica.")
+    target_waiting_tokens: float = Field(
+        16_384.0,
+        gt=0,
+        description="Of an AR group: prompt tokens that may wait, all replicas together, before one is added.",
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="More must have been wanted for so long.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="Fewer must have been wanted for so long.")
+    downscale_to_zero_delay_s: float = Field(900.0, ge=0, description="The last one goes after so long without work.")
+    look_back_period_s: float = Field(15.0, gt=10, description="Figures older than this do not count.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -226,6 +236,20 @@ class DitGroup(Group):
                 "ranks what only one part of the gang computes; use 'teacache' or 'none', or cfg: 1"
             )
         return self
+
+
+class LiveCache(Block):
+    """TeaCache's limits."""
+
+    threshold: float | None = Field(None, gt=0, description="See `cache.threshold`.")
+    max_consecutive_skips: Positive | None = Field(None, description="See `cache.max_consecutive_skips`.")
+
+
+class LiveConfig(Block):
+    """What of a DiT group changes while it runs: `user_config` of its deployment, and of `Router` by group id."""
+
+    cache: LiveCache | None = Field(None, description="Limits of TeaCache; the group's deployment takes them.")
+    queue: Queue | None = Field(None, description="Bound of the queue; the deployment `Router` takes it.")
 
 
 class Pipeline(Block):

@@ -1,17 +1,18 @@
-"""The two small models shipped with the package: ``demo:image`` and ``demo:chat``."""
+"""The small models shipped with the package: ``demo:image``, ``demo:video`` and ``demo:chat``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("chat", "image")
+NAMES = ("chat", "image", "video")
 
 
 def resolve(name: str) -> Path:
     """The folder of a shipped model.
 
     Args:
-        name: ``"image"`` (a diffusers ``FluxPipeline``) or ``"chat"`` (a transformers ``Qwen3ForCausalLM``).
+        name: ``"image"`` (a diffusers ``FluxPipeline``), ``"video"`` (a diffusers ``WanPipeline``) or ``"chat"`` (a
+            transformers ``Qwen3ForCausalLM``).
 
     Raises:
         ValueError: no demo model has that name.

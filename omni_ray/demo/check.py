@@ -149,19 +149,23 @@ def reasons(image: Image.Image, scene: Scene) -> dict[str, str]:
     """What is wrong, by category (``unreadable``, ``count``, ``background``, ``shape``, ``colour``, ``size``,
     ``relation``), each with one sentence; empty where the picture shows the scene.
     """
-    seen = read(image)
+    return differences(read(image), scene)
+
+
+def differences(seen: Reading, scene: Scene) -> dict[str, str]:
+    """What is wrong with what was read; see ``reasons``."""
     if seen.problem:
         return {"unreadable": seen.problem}
     if len(seen.blobs) != len(scene.items):
         return {"count": f"{len(seen.blobs)} shapes, not {len(scene.items)}"}
     orders = [seen.blobs] if len(seen.blobs) == 1 else [seen.blobs, seen.blobs[::-1]]
-    wrong = min((_differences(order, scene) for order in orders), key=len)
+    wrong = min((_compare(order, scene) for order in orders), key=len)
     if seen.background != scene.background:
         wrong["background"] = f"{seen.background}, not {scene.background}"
     return wrong
 
 
-def _differences(blobs: tuple[Blob, ...], scene: Scene) -> dict[str, str]:
+def _compare(blobs: tuple[Blob, ...], scene: Scene) -> dict[str, str]:
     wrong = {}
     for blob, item in zip(blobs, scene.items, strict=True):
         for field in ("shape", "colour", "size"):

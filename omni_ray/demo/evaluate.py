@@ -1,6 +1,6 @@
-"""Measures a demo model on its 500 held-out requests and writes its card.
+"""Measures a demo model on held-out requests (500, of video 200) and writes its card.
 
-``python -m omni_ray.demo.evaluate image|chat [FOLDER] [--count N] [--device cpu|cuda] [--card]``
+``python -m omni_ray.demo.evaluate image|video|chat [FOLDER] [--count N] [--device cpu|cuda] [--card]``
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omni_ray.demo import phrases, resolve, scenes
-from omni_ray.demo.card import chat_card, image_card
+from omni_ray.demo import check_moving, moving, phrases, resolve, scenes
+from omni_ray.demo.card import chat_card, image_card, video_card
 from omni_ray.demo.check import reasons
 
-CATEGORIES = ("unreadable", "count", "shape", "colour", "size", "relation", "background")
+CATEGORIES = ("unreadable", "count", "shape", "colour", "size", "relation", "direction", "background")
 
 
 def hardware(device: str) -> str:
@@ -69,20 +70,69 @@ def run_image(folder: Path, count: int, device: str, dtype: torch.dtype, batch: 
     }
 
 
-def evaluate_image(folder: Path, count: int, device: str, card: bool = True, dtype_name: str = "bfloat16") -> float:
-    """Measures ``demo:image``, prints the figures, writes the card; the share that is right, 0..1."""
+def _evaluate(
+    name: str,
+    run: Callable[[Path, int, str, torch.dtype, int], dict[str, Any]],
+    write: Callable[[dict[str, Any]], str],
+    folder: Path,
+    count: int,
+    device: str,
+    card: bool,
+    dtype_name: str,
+) -> float:
     batch = 50 if device.startswith("cuda") else 1
-    figures = run_image(folder, count, device, getattr(torch, dtype_name), batch)
+    figures = run(folder, count, device, getattr(torch, dtype_name), batch)
     figures |= {"hardware": hardware(device), "batch": batch, "dtype": dtype_name}
-    print(f"image: {figures}", flush=True)
+    print(f"{name}: {figures}", flush=True)
     if card:
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
-        cpu = run_image(folder, 3, "cpu", torch.float32, 1)
+        cpu = run(folder, 3, "cpu", torch.float32, 1)
         figures |= {"cpu_seconds": cpu["seconds"], "cpu": hardware("cpu")}
         torch.set_num_threads(threads)
-        (folder / "README.md").write_text(image_card(figures))
+        (folder / "README.md").write_text(write(figures))
     return float(figures["right"])
+
+
+def evaluate_image(folder: Path, count: int, device: str, card: bool = True, dtype_name: str = "bfloat16") -> float:
+    """Measures ``demo:image``, prints the figures, writes the card; the share that is right, 0..1."""
+    return _evaluate("image", run_image, image_card, folder, count, device, card, dtype_name)
+
+
+def run_video(folder: Path, count: int, device: str, dtype: torch.dtype, batch: int) -> dict[str, Any]:
+    """Films ``count`` held-out captions at the folder's defaults and checks the clips."""
+    from omni_ray.demo.video_model import DEFAULTS, diffusers
+
+    pipeline = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = moving.held_out_scenes(count)
+    wrong: list[dict[str, str]] = []
+    filming = 0.0
+    for start in range(0, count, batch):
+        some = wanted[start : start + batch]
+        seeds = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(some))]
+        begin = time.monotonic()
+        captions = [scene.caption() for scene in some]
+        clips = pipeline(captions, generator=seeds, output_type="pil", **DEFAULTS).frames
+        filming += time.monotonic() - begin
+        wrong += [check_moving.reasons(frames, scene) for frames, scene in zip(clips, some, strict=True)]
+    failures = Counter(name for row in wrong for name in row)
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "transformer_2", "vae", "text_encoder")}
+    return {
+        "right": sum(not row for row in wrong) / count,
+        "all": _share([not row for row in wrong]),
+        "moving": _share([not r for r, s in zip(wrong, wanted, strict=True) if s.direction]),
+        "still": _share([not r for r, s in zip(wrong, wanted, strict=True) if not s.direction]),
+        "failures": {name: failures[name] for name in CATEGORIES},
+        "seconds": filming / count,
+        "params": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        "examples": [f"{s.caption()}: {r}" for r, s in zip(wrong, wanted, strict=True) if r][:12],
+    }
+
+
+def evaluate_video(folder: Path, count: int, device: str, card: bool = True, dtype_name: str = "bfloat16") -> float:
+    """Measures ``demo:video``, prints the figures, writes the card; the share that is right, 0..1."""
+    return _evaluate("video", run_video, video_card, folder, count, device, card, dtype_name)
 
 
 @torch.inference_mode()
@@ -160,15 +210,16 @@ def evaluate_chat(folder: Path, count: int, device: str, card: bool = True, dtyp
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("image", "chat"))
+    parser.add_argument("model", choices=("image", "video", "chat"))
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, help="requests; 500, of video 200")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--card", action="store_true", help="rewrite the folder's README.md")
     args = parser.parse_args()
-    run = evaluate_image if args.model == "image" else evaluate_chat
-    run(args.folder or resolve(args.model), args.count, args.device, args.card, args.dtype)
+    run = {"image": evaluate_image, "video": evaluate_video, "chat": evaluate_chat}[args.model]
+    count = args.count or (200 if args.model == "video" else 500)
+    run(args.folder or resolve(args.model), count, args.device, args.card, args.dtype)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import diffusers as untyped_diffusers
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from transformers import PreTrainedTokenizerFast as UntypedTokenizer
 
 from omni_ray.demo.scenes import COLOURS, SHAPES, SIZES
+from omni_ray.demo.tokens import build_tokenizer
 
 diffusers: Any = untyped_diffusers  # its classes carry no types
-PreTrainedTokenizerFast: Any = UntypedTokenizer
 
 TEXT_TOKENS = 32  # both encoders' length; FluxPipeline masks no text, so training and use must agree on it
 SHIFT = 3.0  # the scheduler's time shift, s in sigma = s u / (1 + (s - 1) u)
@@ -114,6 +111,17 @@ class TextAndTransformer(nn.Module):
         )[0]
         return velocity
 
+    def loss(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Mean squared velocity error at random times; latents [n, 4, 32, 32] of unit scale, ids [n, 32]."""
+        data = pack(latents)
+        uniform = torch.rand(len(data), device=data.device)
+        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+        noise = torch.randn_like(data)
+        level = sigma[:, None, None]
+        with torch.autocast(data.device.type, torch.bfloat16):
+            velocity = self((1 - level) * data + level * noise, sigma, ids)
+        return functional.mse_loss(velocity.float(), noise - data)
+
 
 def _start_as_identity(transformer: nn.Module) -> None:
     """Zeroes the gates and the output layer, so that every block starts as the identity (adaLN-zero, DiT)."""
@@ -157,23 +165,6 @@ def build_vae() -> Any:
     )
 
 
-def build_tokenizer() -> Any:
-    """One word, one token; lower case, punctuation dropped, ``</s>`` at the end, padded to 32 with ``<pad>``."""
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\s]"), " ")])
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=TEXT_TOKENS,
-        padding_side="right",
-        truncation_side="right",
-    )
-
-
 def build_pipeline(model: TextAndTransformer, vae: Any) -> Any:
     """The trained parts as a pipeline."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False)
@@ -181,31 +172,8 @@ def build_pipeline(model: TextAndTransformer, vae: Any) -> Any:
         scheduler=scheduler,
         vae=vae,
         transformer=model.transformer,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(WORDS, TEXT_TOKENS),
         text_encoder=model.text_encoder,
-        tokenizer_2=build_tokenizer(),
+        tokenizer_2=build_tokenizer(WORDS, TEXT_TOKENS),
         text_encoder_2=model.text_encoder_2,
     )
-
-
-def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Writes the diffusers folder, in the pipeline's dtype, and ``omni_ray.json`` with the calls' defaults.
-
-    The tokenizers' class is written under the name that every transformers release knows.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(folder)
-    for name in ("model_index.json", "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json"):
-        path = folder / name
-        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    (folder / "omni_ray.json").write_text(json.dumps({"defaults": DEFAULTS}, indent=2) + "\n")
-
-
-def token_table(captions: list[str]) -> torch.Tensor:
-    """[n, 32] int64 token ids of captions of the grammar, as the tokenizer gives them."""
-    index = {word: i for i, word in enumerate(WORDS)}
-    rows = []
-    for text in captions:
-        row = [index[word] for word in text.split()] + [1]
-        rows.append(row + [0] * (TEXT_TOKENS - len(row)))
-    return torch.tensor(rows)

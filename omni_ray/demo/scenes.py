@@ -78,9 +78,9 @@ def caption(scene: Scene, say_background: bool) -> str:
     return text
 
 
-_ITEM = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+ITEM = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(
-    rf"{_ITEM}(?: ({'|'.join(RELATIONS)}) {_ITEM})?(?: on an? ({'|'.join(COLOURS)}) background)?",
+    rf"{ITEM}(?: ({'|'.join(RELATIONS)}) {ITEM})?(?: on an? ({'|'.join(COLOURS)}) background)?",
 )
 
 

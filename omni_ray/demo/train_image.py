@@ -9,12 +9,9 @@ folder's weights. Where the folder holds the autoencoder (``vae``) alone, it is 
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import os
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +21,21 @@ from torch.nn import functional
 
 from omni_ray.demo import draw, scenes
 from omni_ray.demo.clock import Budget, learning_rate
+from omni_ray.demo.flow import Flow, graphed, set_rate
 from omni_ray.demo.image_model import (
+    DEFAULTS,
     LATENT_CHANNELS,
-    SHIFT,
+    TEXT_TOKENS,
+    WORDS,
     TextAndTransformer,
     build_pipeline,
     build_vae,
     diffusers,
-    pack,
-    save_pipeline,
-    token_table,
 )
+from omni_ray.demo.pipeline_folder import save_pipeline
+from omni_ray.demo.tokens import token_table
 
 KL_WEIGHT = 1e-3
-EMA_DECAY = 0.999
 
 
 def plan_chunk(job: tuple[int, int]) -> tuple[Any, Any, list[str]]:
@@ -58,7 +56,7 @@ class Pool:
     def __init__(self, plans: Any, colours: Any, captions: list[str]) -> None:
         self.plans = torch.from_numpy(plans)
         self.colours = torch.from_numpy(colours)
-        self.ids = token_table(captions)
+        self.ids = token_table(captions, WORDS, TEXT_TOKENS)
         self.palette = torch.from_numpy(draw.PALETTE / 127.5 - 1.0)
         self.table = torch.from_numpy(draw.HALFPLANES)
         self.size = len(captions)
@@ -88,12 +86,6 @@ class Pool:
     def rows(self, count: int) -> torch.Tensor:
         """Random scene numbers [count]."""
         return torch.randint(self.size, (count,), device=self.plans.device)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets every group's learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def train_vae(vae: Any, pool: Pool, budget: Budget, batch: int, rate: float, decoder_only: bool = False) -> None:
@@ -154,83 +146,6 @@ def encode(vae: Any, pool: Pool, count: int, batch: int) -> tuple[torch.Tensor, 
     return means, (some.mean().item(), some.std().item())
 
 
-class Flow:
-    """Flow matching: the model, its moving average and its optimizer. All that a step changes lies on the device, so
-    that a CUDA graph can hold the step."""
-
-    def __init__(self, device: torch.device, rate: float) -> None:
-        self.model, self.peak_rate, self.num_steps = TextAndTransformer().to(device), rate, 0
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.rate, self.decay = torch.tensor(rate, device=device), torch.tensor(0.0, device=device)
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-        cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=cuda, capturable=cuda)
-
-    def loss(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Mean squared velocity error at random times; latents [n, 4, 32, 32] of unit scale, ids [n, 32]."""
-        data = pack(latents)
-        uniform = torch.rand(len(data), device=data.device)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        noise = torch.randn_like(data)
-        level = sigma[:, None, None]
-        with torch.autocast(data.device.type, torch.bfloat16):
-            velocity = self.model((1 - level) * data + level * noise, sigma, ids)
-        return functional.mse_loss(velocity.float(), noise - data)
-
-    def next_step(self, fraction: float) -> None:
-        """Sets what the next step reads: the learning rate and the moving average's decay."""
-        self.rate.fill_(learning_rate(self.peak_rate, fraction, self.num_steps))
-        self.decay.fill_(min(EMA_DECAY, (1 + self.num_steps) / (10 + self.num_steps)))
-        self.num_steps += 1
-
-    def step(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """One step of the optimizer and of the moving average; the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(latents, ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(value, 1 - self.decay)
-        return loss.detach()
-
-    def probe(self, latents: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether the loss and every gradient are finite, on a batch that changes nothing."""
-        loss = self.loss(latents, ids)
-        loss.backward()
-        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        self.optimizer.zero_grad(set_to_none=True)
-        print(f"probe: loss {loss.item():.4f}, gradients not finite: {bad[:4]}", flush=True)
-        return bool(loss.isfinite()) and not bad
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.num_steps,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes over a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
-        self.num_steps = state["step"]
-
-    def start_from(self, pipeline: Any) -> None:
-        """Takes over a saved pipeline's weights."""
-        for target in (self.model, self.average):
-            for name in ("text_encoder", "text_encoder_2", "transformer"):
-                getattr(target, name).load_state_dict(getattr(pipeline, name).state_dict())
-
-
 def save_checkpoint(path: Path, vae: Any, flow: Flow, vae_done: bool) -> None:
     """Writes the checkpoint in one move."""
     part = path.with_suffix(".part")
@@ -263,7 +178,7 @@ def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.
     """Encodes the pool, then trains until the budget ends, with a checkpoint every two minutes."""
     means, _ = encode(vae, pool, min(pool.size, args.pool), args.encode_batch)
     print(f"pool of {len(means)} encoded at {budget.elapsed():.0f}s of the flow budget", flush=True)
-    shift, scale, saved, first = vae.config.shift_factor, vae.config.scaling_factor, time.monotonic(), flow.num_steps
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
 
     def some() -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(means), (args.batch,), device=means.device)
@@ -278,36 +193,7 @@ def train_flow(flow: Flow, vae: Any, pool: Pool, budget: Budget, args: argparse.
             raise SystemExit("compiled, the gradients are not finite; train with --no-compile")
     step = graphed(lambda: flow.step(*some())) if means.is_cuda and not args.no_graph else lambda: flow.step(*some())
     print(f"first step at {budget.elapsed():.0f}s", flush=True)
-    while budget.left() > 0 or flow.num_steps == first:
-        flow.next_step(budget.fraction())
-        loss = step()
-        if (flow.num_steps - first) % args.print_every == 0:
-            print(f"flow step {flow.num_steps} {budget.elapsed():.0f}s loss {loss.item():.4f}", flush=True)
-            if not loss.isfinite():
-                raise SystemExit("the loss is not finite")
-            if time.monotonic() - saved > 120:
-                save_checkpoint(args.checkpoint, vae, flow, True)
-                saved = time.monotonic()
-
-
-def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """``step`` as a CUDA graph: launching its thousand kernels one by one takes the host longer than the GPU computes.
-    It runs a few times first, so that what the first call makes (optimizer state, compiled code) is there."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return loss
-
-    return replay
+    flow.run(step, budget, args.print_every, lambda: save_checkpoint(args.checkpoint, vae, flow, True))
 
 
 def arguments() -> argparse.Namespace:
@@ -350,7 +236,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cudnn.benchmark = True
-    vae, flow = build_vae(), Flow(device, args.rate)
+    vae, flow = build_vae(), Flow(TextAndTransformer().to(device), args.rate)
     if not restore(args, vae, flow):
         train_vae(vae, pool, Budget(min(args.vae_seconds, total.left() / 3)), args.vae_batch, args.vae_rate)
         save_checkpoint(args.checkpoint, vae, flow, True)
@@ -360,7 +246,7 @@ def main() -> None:
         train_vae(vae, pool, Budget(args.decoder_seconds), args.vae_batch, args.vae_rate / 2, decoder_only=True)
     save_checkpoint(args.checkpoint, vae, flow, True)
     pipeline = build_pipeline(flow.average.cpu(), vae.cpu())
-    save_pipeline(pipeline.to(torch.bfloat16), args.out)
+    save_pipeline(pipeline.to(torch.bfloat16), args.out, DEFAULTS)
     print(f"saved at {total.elapsed():.0f}s, {flow.num_steps} steps", flush=True)
     del flow, pool
     from omni_ray.demo.evaluate import evaluate_image

@@ -74,6 +74,10 @@ class Gang:
         finally:
             self._leader.cancel.remote(job.id)
 
+    async def set_cache(self, threshold: float | None, max_consecutive_skips: int | None) -> None:
+        """Change TeaCache's limits from the next step on; what is None stays. ConfigError if the group has none."""
+        await asyncio.gather(*(rank.set_cache.remote(threshold, max_consecutive_skips) for rank in self._ranks))
+
     async def join(self) -> None:
         """Wait until the gang ends: returns or raises as soon as one rank has stopped, died or got stuck.
 

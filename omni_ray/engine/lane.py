@@ -180,7 +180,7 @@ class Lane:
             if isinstance(part, GatedModule):
                 own.__dict__[name] = part.asking(tail)
         try:
-            output = tail.run(own, self._call, latents)
+            output = tail.run(own, self._call, latents, skips_loop=not self.job.images)
             for media in () if self._follows else encode_preview(output, self.job):
                 self._emit(Preview(job_id=self.id, index=self._num_previews, step=self.step, media=media))
             self._num_previews += 1

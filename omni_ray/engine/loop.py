@@ -22,7 +22,7 @@ from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
 from omni_ray.engine.lane import Emit, Encode, Lane
 from omni_ray.engine.lockstep import Alone, Lockstep, Turn
-from omni_ray.errors import Cancelled
+from omni_ray.errors import Cancelled, ConfigError
 from omni_ray.messages import Failure, Job
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class EngineLoop:
         self._device = device or torch.device(pipe.device)
         self._encode = encode
         self._edits = edits
-        self._has_cache = accelerators is not None and accelerators.teacache is not None
+        self._teacache = accelerators.teacache if accelerators else None
+        self._has_cache = self._teacache is not None
         # What a cache keeps of a request is in no snapshot, and without it the image would be another one.
         self._has_memory = self._has_cache or (accelerators is not None and accelerators.cache_dit is not None)
         self._num_admitted = 0
@@ -113,6 +114,12 @@ class EngineLoop:
         with self._inbox_lock:
             self._cancelled.append(job_id)
         self._gate.nudge()
+
+    def set_cache(self, threshold: float | None, max_consecutive_skips: int | None) -> None:
+        """Change TeaCache's limits; what is None stays. Raises ConfigError if there is no TeaCache."""
+        if self._teacache is None:
+            raise ConfigError("cache: this group has no TeaCache whose limits could change; redeploy it with one")
+        self._teacache.set_limits(threshold, max_consecutive_skips)
 
     def alive(self) -> bool:
         return self._thread.is_alive()

@@ -7,6 +7,7 @@ before, its scheduler hands on the estimate of the clean latents, and only the d
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +67,19 @@ class Tail:
         args, kwargs = pytree.tree_map_only(torch.Tensor, smaller, (args, kwargs))
         return self._gate.compute(lane, name, method, args, kwargs)
 
-    def run(self, pipe: Any, call: Callable[[Any], Any], latents: torch.Tensor) -> Any:
-        """What ``pipe``, whose modules ask this, makes of ``latents`` at the end of its loop; ``call`` calls it."""
+    def run(self, pipe: Any, call: Callable[[Any], Any], latents: torch.Tensor, *, skips_loop: bool) -> Any:
+        """What ``pipe``, whose modules ask this, makes of ``latents`` at the end of its loop; ``call`` calls it.
+
+        ``skips_loop``: the loop may be as short as one step, which a pipeline that starts in its middle cannot do.
+        """
         scheduler = copy.copy(pipe.scheduler)
         scheduler.__dict__ = copy.deepcopy({name: each for name, each in vars(scheduler).items() if name != "step"})
-        passed = 0
+        set_timesteps, passed = scheduler.set_timesteps, 0
+
+        @functools.wraps(set_timesteps)
+        def set_last(*args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            scheduler.timesteps = scheduler.timesteps[-1:]
 
         def step(*args: Any, **kwargs: Any) -> Any:
             nonlocal passed
@@ -79,6 +88,8 @@ class Tail:
             return as_result(latents if self._is_past else sample_of((args, kwargs)), (args, kwargs))
 
         scheduler.step = step
+        if skips_loop:
+            scheduler.set_timesteps = set_last
         pipe.__dict__["scheduler"] = scheduler
         return call(pipe)
 

@@ -211,6 +211,10 @@ class Rank:
             warnings.append(f"cache {cache}: none of the {usage.steps_computed} steps could be skipped")
         return dataclasses.replace(usage, cache=cache, warnings=tuple(warnings))
 
+    async def set_cache(self, threshold: float | None, max_consecutive_skips: int | None) -> None:
+        """See :meth:`Gang.set_cache`. The first rank decides for all what is skipped."""
+        self._engine.set_cache(threshold, max_consecutive_skips)
+
     async def cancel(self, job_id: str) -> None:
         self._engine.cancel(job_id)
 

@@ -19,6 +19,7 @@ from omni_ray.errors import Unavailable
 from omni_ray.messages import HttpHead, HttpRequest, LoadProgress
 from omni_ray.orphans import leave_none
 from omni_ray.plan.placement import rank_order
+from omni_ray.replica import scaling
 from omni_ray.replica.asgi import AsgiApp, Exchange
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class ArReplica:
                 yield piece
         finally:
             exchange.close()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`omni_ray.replica.scaling.ByTokens` decides by."""
+        if self._vllm is None:
+            return {}
+        return {scaling.WAITING_TOKENS: float(self._vllm.num_waiting_tokens), scaling.KV_USE: self._vllm.kv_use}
 
     async def check_health(self) -> None:
         """:raises Unavailable: the engine or one of its ranks is dead."""

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray import serve
 from ray.exceptions import RayActorError
 
-from omni_ray.config.spec import DitGroup
+from omni_ray.config.spec import DitGroup, LiveConfig
 from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
+from omni_ray.replica import scaling
 from omni_ray.replica.meters import JobMeter
 
 logger = logging.getLogger("ray.serve")
@@ -24,6 +25,7 @@ class Gang(Protocol):
 
     def load(self) -> AsyncIterator[LoadProgress | Capabilities]: ...
     def run(self, job: Job) -> AsyncIterator[Event]: ...
+    async def set_cache(self, threshold: float | None, max_consecutive_skips: int | None) -> None: ...
     async def join(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -84,6 +86,16 @@ class DitReplica:
             raise Unavailable(f"{self._group.id} lost a rank") from error
         finally:
             meter.end()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`omni_ray.replica.scaling.ByOutstandingSeconds` decides by: the work of the whole group."""
+        return {scaling.OUTSTANDING_S: await self._router.outstanding_s.remote(self._group.id)}
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over what of the group can change while it runs; see :class:`LiveConfig`."""
+        live = LiveConfig.model_validate(user_config)
+        if live.cache is not None:
+            await self._gang.set_cache(live.cache.threshold, live.cache.max_consecutive_skips)
 
     async def check_health(self) -> None:
         if self._watch.done():

@@ -22,6 +22,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.version import __version__ as VLLM_VERSION
 
@@ -67,10 +68,11 @@ class Vllm:
     def __init__(self, args: Namespace) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self._args = args
+        self._kv = KvUse()
         self._llm: Any = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args),
             usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[RayPrometheusStatLogger],
+            stat_loggers=[RayPrometheusStatLogger, lambda *_: self._kv],
         )
         self._lifespan = AsyncExitStack()
 
@@ -94,6 +96,17 @@ class Vllm:
     def num_unfinished_requests(self) -> int:
         return int(self._llm.output_processor.get_num_unfinished_requests())
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that have not got their first token yet."""
+        states = self._llm.output_processor.request_states.values()
+        return sum(state.prompt_len for state in states if state.is_prefilling)
+
+    @property
+    def kv_use(self) -> float:
+        """The part of the KV cache that is in use, from 0 to 1."""
+        return self._kv.part
+
     async def close(self) -> None:
         """End the application, the engine and its ranks."""
         await self._lifespan.aclose()
@@ -102,6 +115,20 @@ class Vllm:
     def shutdown(self) -> None:
         """End the engine and its ranks."""
         self._llm.shutdown()
+
+
+class KvUse(StatLoggerBase):  # type: ignore[misc]
+    """Notes how full the KV cache is, of what vLLM tells after each step."""
+
+    def __init__(self) -> None:
+        self.part = 0.0
+
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        if scheduler_stats is not None:
+            self.part = float(scheduler_stats.kv_cache_usage)
+
+    def log_engine_initialized(self) -> None:
+        pass
 
 
 def serve_args(group: ArGroup, source: str) -> Namespace:

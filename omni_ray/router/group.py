@@ -138,5 +138,5 @@ class GroupDispatcher:
 
     def _finish(self, record: JobRecord, usage: Usage) -> None:
         record.state = "done"
-        if record.resume is None and record.job.resume is None:  # else it tells a part of the cost only
+        if record.attempts == 1 and record.job.resume is None:  # else it tells a part of the cost only
             self._costs.learn(record.job, usage.device_s)

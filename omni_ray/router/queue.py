@@ -22,7 +22,7 @@ class GroupQueue:
 
     def __init__(self, group: str, max_queued: int, num_replicas: Callable[[], int], places_each: int) -> None:
         self._group = group
-        self._max_queued = max_queued
+        self.max_queued = max_queued
         self._num_replicas = num_replicas
         self._places_each = places_each
         self._changed = asyncio.Condition()
@@ -56,7 +56,7 @@ class GroupQueue:
         now = time.monotonic()
         self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
         due = min(self._returns, default=None)
-        if always or len(self.queued) < self._max_queued:
+        if always or len(self.queued) < self.max_queued:
             if due is not None and due <= now + RETURNS_AFTER_S:
                 self._returns.remove(due)
             self.queued.append(record)
@@ -69,7 +69,7 @@ class GroupQueue:
         wait_s = max(starts[min(len(self._returns), len(starts) - 1)], 1.0)
         self._returns.append(now + wait_s)
         return Overloaded(
-            f"{self._group} has {len(self.queued)} requests queued, and its limit is {self._max_queued}; "
+            f"{self._group} has {len(self.queued)} requests queued, and its limit is {self.max_queued}; "
             f"try again in {wait_s:.0f} s",
             retry_after_s=wait_s,
         )

@@ -16,8 +16,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
-from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
-from omni_ray.errors import Overloaded
+from omni_ray.config.spec import ArGroup, DitGroup, LiveConfig, Model, OmniSpec, Pipeline
+from omni_ray.errors import ConfigError, Overloaded
 from omni_ray.messages import Event, Failure, GroupStatus, Job, LoadProgress, Route, Snapshot
 from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.meters import tell_forever
@@ -68,6 +68,18 @@ class Router:
     async def delete(self, job_id: str) -> None:
         """See :meth:`JobRunner.delete`."""
         await self._runner.delete(job_id)
+
+    async def outstanding_s(self, group: str) -> float:
+        """Seconds of device time of all that waits or runs in a DiT group."""
+        return self._groups[group].queue.outstanding_s
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over queue bounds, by group id, while all goes on; see :class:`LiveConfig`."""
+        for group, config in user_config.items():
+            if group not in self._groups:
+                raise ConfigError(f"user_config: {group!r} is no DiT group; there are {', '.join(self._groups)}")
+            if (queue := LiveConfig.model_validate(config).queue) is not None:
+                self._groups[group].queue.max_queued = queue.max_queued_requests
 
     async def report(self, progress: LoadProgress) -> None:
         """A replica tells what it does while it loads."""

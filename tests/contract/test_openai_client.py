@@ -8,6 +8,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import av
+import httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -49,7 +52,7 @@ def opened(data: str) -> Image.Image:
 
 def test_models(client: openai.OpenAI) -> None:
     kinds = {model.id: model.type for model in client.models.list()}  # type: ignore[attr-defined]
-    assert kinds == {"demo-chat": "ar", "demo-image": "dit", "demo-omni": "pipeline"}
+    assert kinds == {"demo-chat": "ar", "demo-image": "dit", "demo-omni": "pipeline", "demo-video": "dit"}
     image = client.models.retrieve("demo-image")
     assert image.ready  # type: ignore[attr-defined]
     assert image.limits["size_multiple"] == 16  # type: ignore[attr-defined]
@@ -227,3 +230,88 @@ def test_errors_are_the_clients_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.images.generate(model="demo-image", prompt="a red circle", size="250x250")
     assert bad.value.param == "size"
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    difference = np.asarray(one.convert("RGB"), dtype=float) - np.asarray(other.convert("RGB"), dtype=float)
+    return float(10 * np.log10(255**2 / (difference**2).mean()))
+
+
+def test_a_streamed_image_sharpens(client: openai.OpenAI) -> None:
+    events = list(client.images.generate(model="demo-image", prompt="a red circle", stream=True, partial_images=3))
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
+    *previews, final = [opened(event.b64_json) for event in events]
+    assert {preview.size for preview in previews} == {final.size}
+    likeness = [psnr(preview, final) for preview in previews]
+    assert likeness == sorted(likeness)
+    assert likeness[0] < likeness[2]
+
+
+def test_progress_is_told_where_it_is_wanted(client: openai.OpenAI) -> None:
+    wanted: Any = {"progress": True, "num_inference_steps": 4}
+    events = list(client.images.generate(model="demo-image", prompt="a red circle", stream=True, extra_body=wanted))
+    told: Any = [event for event in events if event.type.endswith(".progress")]  # type: ignore[comparison-overlap]
+    assert [(each.step, each.num_steps) for each in told if each.state == "running"] == [(i, 4) for i in (1, 2, 3, 4)]
+    assert all(each.seconds_left >= 0 for each in told)
+
+
+def test_a_streamed_chat_shows_previews(client: openai.OpenAI) -> None:
+    chunks: Any = client.chat.completions.create(
+        model="demo-omni", messages=ASK, stream=True, extra_body={"partial_images": 2}
+    )
+    parts = [part for chunk in chunks for choice in chunk.choices for part in choice.delta.content or ()]
+    assert [part["type"] for part in parts] == ["text", "image_url", "image_url", "image_url"]
+    first, _, final = [opened(part["image_url"]["url"]) for part in parts[1:]]
+    assert psnr(first, final) < 60
+
+
+def test_an_image_is_edited(client: openai.OpenAI) -> None:
+    source = client.images.generate(model="demo-image", prompt="a red circle", extra_body={"seed": 1}).data
+    assert source
+    picture = ("picture.png", base64.b64decode(source[0].b64_json or ""), "image/png")
+    strengths: dict[str, Image.Image] = {}
+    for strength in ("0.2", "0.9"):
+        edited = client.images.edit(
+            model="demo-image", prompt="a blue square", image=picture, extra_body={"strength": strength, "seed": "1"}
+        ).data
+        assert edited
+        strengths[strength] = opened(edited[0].b64_json or "")
+    before = opened(source[0].b64_json or "")
+    assert psnr(strengths["0.2"], before) > psnr(strengths["0.9"], before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_video_is_made_polled_listed_downloaded_and_deleted(client: openai.OpenAI) -> None:
+    video = client.videos.create(model="demo-video", prompt="a red circle moving right")
+    assert video.status in ("queued", "in_progress")
+    seen = [video.progress]
+    while video.status in ("queued", "in_progress"):
+        video = client.videos.retrieve(video.id)
+        seen.append(video.progress)
+    assert (video.status, video.progress) == ("completed", 100)
+    assert seen == sorted(seen)
+    assert video.id in [each.id for each in client.videos.list()]
+    with av.open(io.BytesIO(client.videos.download_content(video.id).read())) as clip:
+        frames = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+    assert f"{frames[0].shape[1]}x{frames[0].shape[0]}" == video.size
+    assert (frames[0] != frames[-1]).any()
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError, match="there is no job"):
+        client.videos.retrieve(video.id)
+
+
+def test_an_image_is_a_job_where_that_is_wanted(client: openai.OpenAI) -> None:
+    asked: Any = {"async": True, "seed": 3}
+    made = client.post(
+        "/images/generations", body={"model": "demo-image", "prompt": "a red circle", **asked}, cast_to=httpx.Response
+    )
+    assert made.status_code == 202
+    path = f"/jobs/{made.json()['id']}"
+    while (job := client.get(path, cast_to=httpx.Response).json())["status"] in ("queued", "in_progress"):
+        pass
+    assert (job["status"], job["progress"], job["step"]) == ("completed", 100, 20)
+    content = client.get(f"{path}/content", cast_to=httpx.Response).content
+    plain = client.images.generate(model="demo-image", prompt="a red circle", extra_body={"seed": 3}).data
+    assert plain
+    assert psnr(Image.open(io.BytesIO(content)), opened(plain[0].b64_json or "")) > 45

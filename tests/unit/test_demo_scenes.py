@@ -24,9 +24,9 @@ def blurred(image: Image.Image) -> Image.Image:
 
 
 def test_resolve_names_the_known_models() -> None:
-    assert demo.resolve("image").name == "image"
-    with pytest.raises(ValueError, match="chat, image"):
-        demo.resolve("video")
+    assert [demo.resolve(name).name for name in demo.NAMES] == ["chat", "image", "video"]
+    with pytest.raises(ValueError, match="'audio'; the known ones are chat, image, video"):
+        demo.resolve("audio")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ class TeaCache:
         self._max_consecutive_skips = max_consecutive_skips
         self._shards = shards
 
+    def set_limits(self, threshold: float | None, max_consecutive_skips: int | None) -> None:
+        """From the next step on; what is None stays."""
+        if threshold is not None:
+            self._threshold = threshold
+        if max_consecutive_skips is not None:
+            self._max_consecutive_skips = max_consecutive_skips
+
     def can_skip(
         self, name: str, kept: Sequence[Kept], sizes: Sequence[int], ends: Sequence[bool], run: Run
     ) -> list[bool]:
