@@ -121,9 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="listen here (default: what FILE says, else 127.0.0.1)")
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
-    _add_generate(verbs)
+    _add_tools(verbs)
 
-    from omni_ray.cli import calibrate, tune
+    status = verbs.add_parser("status", help="what a running server is doing")
+    status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
+    return parser
+
+
+def _add_tools(verbs: Any) -> None:
+    from omni_ray.cli import calibrate, generate, tune
 
     calibrate.add_arguments(
         verbs.add_parser(
@@ -142,17 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
-    status = verbs.add_parser("status", help="what a running server is doing")
-    status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
-    return parser
-
-
-def _add_generate(verbs: Any) -> None:
-    from omni_ray.cli.generate import add_arguments
-
-    parser = verbs.add_parser(
-        "generate",
-        help="from a prompt: text to the terminal, images and videos to files",
-        description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+    generate.add_arguments(
+        verbs.add_parser(
+            "generate",
+            help="from a prompt: text to the terminal, images and videos to files",
+            description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+        ),
+        DEFAULT_ADDRESS,
     )
-    add_arguments(parser, DEFAULT_ADDRESS)
