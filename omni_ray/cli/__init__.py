@@ -129,13 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="listen on this port (default: what FILE says, else 8000)")
 
     _add_tools(verbs)
-    _add_generate(verbs)
     return parser
 
 
 def _add_tools(verbs: Any) -> None:
     """The verbs beside those that serve a file."""
-    from omni_ray.cli import calibrate, tune
+    from omni_ray.cli import calibrate, generate, tune
 
     calibrate.add_arguments(
         verbs.add_parser(
@@ -154,22 +153,19 @@ def _add_tools(verbs: Any) -> None:
         )
     )
 
+    generate.add_arguments(
+        verbs.add_parser(
+            "generate",
+            help="from a prompt: text to the terminal, images and videos to files",
+            description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
+        ),
+        DEFAULT_ADDRESS,
+    )
     key = verbs.add_parser("key", help="make an API key, and its line for the file that api.keys_file names")
     key.add_argument("name", metavar="NAME", help="what the audit log and messages call it")
 
     status = verbs.add_parser("status", help="what a running server is doing")
     status.add_argument("--address", default=DEFAULT_ADDRESS, help="of the server (default: %(default)s)")
-
-
-def _add_generate(verbs: Any) -> None:
-    from omni_ray.cli.generate import add_arguments
-
-    parser = verbs.add_parser(
-        "generate",
-        help="from a prompt: text to the terminal, images and videos to files",
-        description="Asks a running server, or runs a diffusion pipeline in this process. Ctrl-C cancels.",
-    )
-    add_arguments(parser, DEFAULT_ADDRESS)
 
 
 def _add_file_and_inventory(parser: argparse.ArgumentParser) -> None:
