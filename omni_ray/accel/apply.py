@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -60,7 +61,13 @@ def accelerate(
         read_parts(Ranks.of(mesh, "tensor"))
     warnings += apply_quantization(pipe, group.quantization, device)
     offload = apply_offload(pipe, group.offload, device)
-    warnings += apply_compile(pipe, group.compile, device)
+    sums_over_gloo = (
+        mesh is not None
+        and device.type == "cuda"
+        and group.parallel.tensor > 1
+        and dist.get_backend(mesh.get_group("tensor")) == "gloo"
+    )
+    warnings += apply_compile(pipe, group.compile, device, sums_over_gloo=sums_over_gloo)
     # Cache-DiT decides for a whole batch. On a sequence axis, which tokens a rank has depends on the longest request in
     # the batch, and what was kept of them would not be theirs.
     alone = tuple(transformers_of(pipe)) if cache_dit or (teacache and shards) else ()

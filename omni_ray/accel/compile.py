@@ -25,13 +25,22 @@ def is_compiled(spec: Compile, device: torch.device) -> bool:
     return spec.mode == "regional" or (spec.mode == "auto" and device.type == "cuda")
 
 
-def apply_compile(pipe: DiffusionPipeline, spec: Compile, device: torch.device) -> list[str]:
+def apply_compile(
+    pipe: DiffusionPipeline, spec: Compile, device: torch.device, *, sums_over_gloo: bool = False
+) -> list[str]:
     """Mark the blocks for compilation; the compiler runs at their first forward. Returns warnings.
 
-    Raises ConfigError where the spec asks for it and a transformer names no repeated blocks.
+    ``sums_over_gloo``: the blocks hold sums over ranks that share a GPU, which crash in compiled code (torch 2.11).
+
+    Raises ConfigError where the spec asks for it and it cannot be, or a transformer names no repeated blocks.
     """
     if not is_compiled(spec, device):
         return []
+    if sums_over_gloo:
+        reason = "tensor-parallel ranks that share a GPU cannot run compiled blocks"
+        if spec.mode == "regional":
+            raise ConfigError(f"compile.mode 'regional': {reason}; give each rank a GPU, or set mode: none")
+        return [f"compile auto: {reason}, so nothing is compiled"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER.expanduser()))
     warnings = []
     for name, transformer in transformers_of(pipe).items():

@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ SNAPSHOT_S = 0.25
 
 logger = logging.getLogger(__name__)
 _thread_pools = ThreadpoolController()
+_savers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
 
 
 class Lane:
@@ -169,9 +171,19 @@ class Lane:
             if self.step in preview_steps(self.job.num_previews, self.num_steps):
                 self._preview(clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result))
         if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
-            data = save(self.step, next_sample(result), scheduler, self._generator)
-            self._emit(Snapshot(job_id=self.id, step=self.step, data=data))
             self._saved_at = time.perf_counter()
+            tell = functools.partial(self._tell_saved, self.step)
+            data = save(self.step, next_sample(result), scheduler, self._generator)
+            if self.device.type == "cpu":
+                tell(data)
+            else:
+                _savers.submit(tell, data)
+
+    def _tell_saved(self, step: int, data: Callable[[], bytes]) -> None:
+        try:
+            self._emit(Snapshot(job_id=self.id, step=step, data=data()))
+        except Exception as error:
+            logger.warning("%s cannot be gone on with after step %d", self.id, step, exc_info=error)
 
     def _preview(self, latents: torch.Tensor) -> None:
         assert self._answers is not None

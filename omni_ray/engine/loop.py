@@ -86,6 +86,8 @@ class EngineLoop:
         self._lanes: dict[str, Lane] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        if self._device.type == "cuda":  # its linear algebra, which schedulers use, is loaded at its first call,
+            torch.linalg.inv(torch.ones(1, 1, device=self._device))  # and fails if two lanes make that at once
 
     # -- any thread ------------------------------------------------------------------------------------------------
 

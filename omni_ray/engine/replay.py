@@ -9,10 +9,12 @@ latents as they are, and at step n what was saved takes their place.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from omni_ray.engine.lane import Lane
@@ -59,12 +61,34 @@ class Answers:
         return self.last[place]
 
 
-def save(step: int, sample: torch.Tensor, scheduler: Any, generator: torch.Generator) -> bytes:
-    """What a lane needs to go on after ``step`` steps, the last of which gave ``sample``."""
-    state = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
-    buffer = io.BytesIO()
-    torch.save({"step": step, "sample": sample, "scheduler": state, "generator": generator.get_state()}, buffer)
-    return buffer.getvalue()
+def save(step: int, sample: torch.Tensor, scheduler: Any, generator: torch.Generator) -> Callable[[], bytes]:
+    """What a lane needs to go on after ``step`` steps, the last of which gave ``sample``.
+
+    The copies from the device are only queued here, as to wait for them would leave the device without work; what is
+    returned waits, in whichever thread it is called.
+    """
+    scheduler_state = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
+    state = {"step": step, "sample": sample, "scheduler": scheduler_state, "generator": generator.get_state()}
+    state = pytree.tree_map_only(torch.Tensor, _queue_copy, state)
+    copied = torch.cuda.Event() if sample.is_cuda else None
+    if copied is not None:
+        copied.record()
+
+    def data() -> bytes:
+        if copied is not None:
+            copied.synchronize()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    return data
+
+
+def _queue_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in main memory, which is there once the device gets so far."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _is_plain(value: Any) -> bool:
