@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -13,12 +16,14 @@ from omni_ray.errors import ConfigError
 BACKENDS = {"cudnn": "_native_cudnn", "fa3": "_flash_3"}
 """Short names of diffusers' backends; the others are diffusers' own: native, flash, sage, xformers, flex, …"""
 
-HOPPER = (9, 0)
-"""Compute capability from which cuDNN's kernel is about twice as fast as PyTorch's choice: on an H200, for 4608 tokens
-of 24 heads, 0.40 against 0.79 ms."""
-
 TRIAL_SHAPE = (1, 128, 2, 64)
 """[batch, tokens, heads, channels]."""
+
+RACE_SHAPE = (1, 4608, 24, 128)
+"""That of FLUX.1-dev at 1024x1024. On an H100 PyTorch's own choice takes 0.42 ms there, its flash kernel 0.83."""
+
+WORTH_IT = 0.95
+"""A kernel that needs no more than this part of the time of PyTorch's own choice takes its place."""
 
 
 def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -28,13 +33,9 @@ def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.devi
     """
     name = spec.backend
     if name == "auto":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        name = _fastest(device, dtype) if device.type == "cuda" else "native"
+        if name == "native":
             return []
-        try:
-            _try(BACKENDS["cudnn"], device, dtype)
-        except ConfigError as error:
-            return [f"attention auto: {error.message}; the models keep their own"]
-        name = "cudnn"
     backend = BACKENDS.get(name, name)
     for transformer in transformers_of(pipe).values():
         _set(transformer, backend)
@@ -47,6 +48,28 @@ def _set(transformer: torch.nn.Module, backend: str) -> None:
         transformer.set_attention_backend(backend)  # type: ignore[operator]
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"attention.backend {backend!r} cannot be used: {error}") from error
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest of those kernels that are installed and run."""
+    seconds = {"native": _seconds("native", device, dtype)}
+    for name, backend in BACKENDS.items():
+        with contextlib.suppress(ConfigError):
+            _try(backend, device, dtype)
+            seconds[name] = _seconds(backend, device, dtype)
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] <= WORTH_IT * seconds["native"] else "native"
+
+
+def _seconds(backend: str, device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    x = torch.randn(RACE_SHAPE, device=device, dtype=dtype)
+    for i in range(2 * repeats):
+        if i == repeats:  # after as many to warm up
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+        dispatch_attention_fn(x, x, x, backend=AttentionBackendName(backend))
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _try(backend: str, device: torch.device, dtype: torch.dtype) -> None:

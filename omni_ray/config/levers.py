@@ -136,5 +136,5 @@ class Attention(Block):
     backend: str = Field(
         "auto",
         description="`native`, `cudnn`, `fa3`, `flash`, `sage`, `xformers`, `flex` or another backend of diffusers; "
-        "`auto` takes cuDNN's on GPUs from Hopper on, and else leaves the model's own.",
+        "`auto` takes the fastest that is installed, by a trial at start.",
     )
