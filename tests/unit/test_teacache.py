@@ -113,3 +113,18 @@ def test_the_checkpoint_is_as_it_was(tiny: Any, tmp_path: Path, monkeypatch: pyt
     names = list(pipe.transformer.state_dict())
     serve(pipe, jobs_of("flux")[:1], 1e9, monkeypatch)
     assert list(pipe.transformer.state_dict()) == names
+
+
+def test_limits_change_while_the_engine_runs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, job = tiny("flux"), jobs_of("flux")[1]
+    spec = Cache(kind="teacache", threshold=1e9, coefficients=IDENTITY)
+    loop = EngineLoop(pipe, Batching(), accelerators=cached(pipe, spec))
+    loop.set_cache(None, 1)
+    _, events = run_lanes(loop, [job], monkeypatch)
+    assert usage(events[job.id]).steps_skipped == 2
+    loop = EngineLoop(pipe, Batching(), accelerators=cached(pipe, spec))
+    loop.set_cache(1e-9, None)
+    _, events = run_lanes(loop, [job], monkeypatch)
+    assert usage(events[job.id]).steps_skipped == 0
+    with pytest.raises(ConfigError, match="this group has no TeaCache"):
+        EngineLoop(pipe, Batching()).set_cache(0.5, None)
