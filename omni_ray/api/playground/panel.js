@@ -107,11 +107,15 @@ export class Panel {
     this.find(".text").hidden = false;
   }
 
+  /** The speed is that of the tokens after the first piece, which may have held several. */
   showTokens({ prompt_tokens, completion_tokens }) {
+    if (!this.first) return;
+    this.numFirst ??= completion_tokens;
     const span = (performance.now() - this.first) / 1000;
+    const num = completion_tokens - this.numFirst;
     this.fact("Prompt", `${prompt_tokens} tokens`);
     this.fact("Answer", `${completion_tokens} tokens`);
-    if (completion_tokens > 1 && span > 0) this.fact("Speed", `${((completion_tokens - 1) / span).toFixed(1)} tokens/s`);
+    if (num && span) this.fact("Speed", `${(num / span).toFixed(1)} tokens/s`);
   }
 
   showCaption(caption) {
