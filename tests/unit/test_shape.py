@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (".ci", "benchmarks", "deployments", "docs", "omni_ray", "scripts", "tests")
-SUFFIXES = {"", ".css", ".html", ".js", ".md", ".py", ".sh", ".toml", ".yaml"}
+SUFFIXES = {"", ".html", ".md", ".py", ".sh", ".toml", ".yaml"}
 GENERATED = {"docs/configuration.md"}
 
 MAX_FILE_LINES = 400
