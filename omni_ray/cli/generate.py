@@ -163,17 +163,16 @@ def _show(updates: Iterable[Update]) -> tuple[list[Output], dict[str, Any]]:
 
     outputs: list[Output] = []
     cost: dict[str, Any] = {}
-    with tqdm(disable=None, leave=False, bar_format="{desc} |{bar:30}|{postfix}") as bar:
+    with tqdm(desc="starting", unit="", disable=None, leave=False, bar_format="{desc} |{bar:30}| {unit}") as bar:
         for update in updates:
             match update:
                 case Step():
                     _draw(bar, update)
                 case Text():
-                    bar.clear()
+                    bar.close()
                     print(update.text, end="", flush=True)
                 case Caption():
-                    bar.clear()
-                    print(f"prompt: {update.text}", file=sys.stderr, flush=True)
+                    bar.write(f"prompt: {update.text}", file=sys.stderr)
                 case Output():
                     outputs.append(update)
                 case Cost():
@@ -184,9 +183,9 @@ def _show(updates: Iterable[Update]) -> tuple[list[Output], dict[str, Any]]:
 def _draw(bar: Any, step: Step) -> None:
     bar.total, bar.n = step.num_steps or None, step.step
     bar.set_description_str(step.doing, refresh=False)
-    steps = f" {step.step} of {step.num_steps} steps" if step.num_steps else ""
-    left = "" if step.seconds_left is None else f" {step.seconds_left:.1f} s left"
-    bar.postfix = ",".join(filter(None, (steps, left)))
+    steps = f"{step.step} of {step.num_steps} steps" if step.num_steps else ""
+    left = "" if step.seconds_left is None else f"{step.seconds_left:.1f} s left"
+    bar.unit = ", ".join(filter(None, (steps, left)))
     bar.refresh()
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import pty
+import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +151,29 @@ def test_text_is_printed(url: str, fake: Fake, capsys: pytest.CaptureFixture[str
     assert run("paint it", "--url", url, "--model", "chat", "--max-tokens", "5") == 0
     assert capsys.readouterr().out == "a red circle\n"
     assert fake.asked[0]["max_tokens"] == 5
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What `omni-ray generate` writes to a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-m", "omni_ray.cli", "generate", *arguments]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        written = b""
+        with contextlib.suppress(OSError):  # Linux ends a terminal with an error
+            while piece := os.read(ours, 4096):
+                written += piece
+        os.close(ours)
+    return written.decode()
+
+
+def test_on_a_terminal(url: str, tmp_path: Path) -> None:
+    assert "\ra red circle\r\n" in on_a_terminal("paint it", "--url", url, "--model", "chat")
+    drawn = on_a_terminal("x", "--url", url, "--model", "chain", "--output", f"{tmp_path}/")
+    assert "queued, 2 before it |" in drawn
+    assert re.search(r"\rchain \|█+.? *\| 3 of 4 steps, 1\.0 s left", drawn)
+    assert "\rprompt: a red circle\r\n" in drawn
 
 
 def test_images_are_files(url: str, fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

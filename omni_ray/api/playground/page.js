@@ -127,12 +127,12 @@ function files() {
   return Object.fromEntries(chosen.map((name) => [name, field[name].files[0]]));
 }
 
-/** What is wrong with what was typed, in words; empty if nothing is. */
+/** What is wrong with what was typed, in words, and where; nothing if it can be sent. */
 function mistake() {
-  if (!chosenModels().length) return "There is no model to choose; the server is still starting.";
-  if (!field.prompt.value.trim()) return "Type a prompt first.";
+  if (!chosenModels().length) return ["There is no model to choose; the server is still starting.", field.model];
+  if (!field.prompt.value.trim()) return ["Type a prompt first.", field.prompt];
   const wrong = [...form.querySelectorAll("label:not([hidden]) input")].find((input) => !input.validity.valid);
-  return wrong ? `${wrong.closest("label").innerText.trim()}: ${wrong.validationMessage}` : "";
+  return wrong && [`${wrong.closest("label").innerText.trim()}: ${wrong.validationMessage}`, wrong];
 }
 
 function say(message) {
@@ -144,8 +144,9 @@ function say(message) {
 
 async function send() {
   if (running) return;
-  say(mistake());
-  if (!problem.hidden) return;
+  const wrong = mistake();
+  say(wrong?.[0] ?? "");
+  if (wrong) return wrong[1].focus();
   const chosen = chosenModels();
   const asked = filled();
   if (chosen.length > 1) asked.seed ??= crypto.getRandomValues(new Uint32Array(1))[0];

@@ -26,7 +26,7 @@ export class Panel {
       this.state("done", `Done in ${seconds(performance.now() - this.began)}`);
     } catch (error) {
       this.now("");
-      if (signal.aborted) return this.state("cancelled", "Cancelled");
+      if (signal.aborted) return this.state("cancelled", this.at ? `Cancelled after ${this.at}` : "Cancelled");
       this.state("failed", "Failed");
       this.find(".problem").textContent = error.message;
       this.find(".problem").hidden = false;
@@ -73,8 +73,9 @@ export class Panel {
   showStep({ step, num_steps, computed, seconds_left }) {
     this.state("running", "Running");
     this.strip(step, num_steps, computed === false ? "skipped" : "computed");
-    const skip = computed === false ? " (skipped)" : "";
-    this.now([`step ${step} of ${num_steps}${skip}`, seconds_left != null && `${left(seconds_left)} left`]
+    if (num_steps) this.at = `step ${step} of ${num_steps}`;
+    const skip = computed === false && " (skipped)";
+    this.now([this.at && `${this.at}${skip || ""}`, seconds_left != null && `${left(seconds_left)} left`]
       .filter(Boolean).join(" · "));
   }
 
@@ -106,11 +107,15 @@ export class Panel {
     this.find(".text").hidden = false;
   }
 
+  /** The speed is that of the tokens after the first piece, which may have held several. */
   showTokens({ prompt_tokens, completion_tokens }) {
+    if (!this.first) return;
+    this.numFirst ??= completion_tokens;
     const span = (performance.now() - this.first) / 1000;
+    const num = completion_tokens - this.numFirst;
     this.fact("Prompt", `${prompt_tokens} tokens`);
     this.fact("Answer", `${completion_tokens} tokens`);
-    if (completion_tokens > 1 && span > 0) this.fact("Speed", `${((completion_tokens - 1) / span).toFixed(1)} tokens/s`);
+    if (num && span) this.fact("Speed", `${(num / span).toFixed(1)} tokens/s`);
   }
 
   showCaption(caption) {
@@ -153,7 +158,7 @@ export class Panel {
     this.fact("Device time", seconds(1000 * cost.device_s));
     this.fact("In the queue", seconds(1000 * cost.queue_s));
     this.fact("Run", seconds(1000 * cost.run_s));
-    this.fact("Peak memory", cost.peak_memory_gib ? `${cost.peak_memory_gib.toFixed(1)} GiB` : "not told on a CPU");
+    this.fact("Peak memory", cost.peak_memory_gib ? `${cost.peak_memory_gib.toFixed(1)} GiB` : "not measured");
     if (cost.cache !== "none") this.fact("Cache", cost.cache);
     if (cost.offload_hidden_s || cost.offload_paid_s) {
       this.fact("Offload", `${cost.offload_paid_s.toFixed(2)} s paid, ${cost.offload_hidden_s.toFixed(2)} s hidden`);
