@@ -337,8 +337,8 @@ class JobStore(Block):
     )
     database: str | None = Field(
         None,
-        description="SQLAlchemy's address of the database, such as `postgresql+psycopg://user@host/name`, whose driver has to be "
-        "installed beside; left out, an SQLite file in the folder.",
+        description="SQLAlchemy's address of the database, such as `postgresql+psycopg://user@host/name`, whose "
+        "driver has to be installed beside; left out, an SQLite file in the folder.",
     )
     expire_after_s: float = Field(86_400.0, gt=0, description="Jobs that ended are removed after this time.")
     max_gib: float = Field(10.0, gt=0, description="Media beyond this size are removed, the oldest first.")

@@ -84,7 +84,7 @@ class Tail:
         def step(*args: Any, **kwargs: Any) -> Any:
             nonlocal passed
             passed, self._ordinal = passed + 1, 0
-            self._is_past = passed >= len(scheduler.timesteps)
+            self._is_past = passed >= len(scheduler.timesteps) - begins_at(scheduler)
             return as_result(latents if self._is_past else sample_of((args, kwargs)), (args, kwargs))
 
         scheduler.step = step
@@ -92,6 +92,11 @@ class Tail:
             scheduler.set_timesteps = set_last
         pipe.__dict__["scheduler"] = scheduler
         return call(pipe)
+
+
+def begins_at(scheduler: Any) -> int:
+    """The timestep, by index, with which a pipeline's loop begins: one that draws from an image skips the first."""
+    return getattr(scheduler, "begin_index", None) or 0
 
 
 def smaller(latents: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from omni_ray.accel.edits import edit_pipelines
 from omni_ray.config.spec import Batching
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.engine.media import decode_mask
-from omni_ray.messages import Job
-from tests.lanes import run_lanes
+from omni_ray.messages import Job, Preview
+from tests.lanes import run_lanes, usage
 from tests.ranks import pixels
 
 SD3_MASK = ("sd3", "mask")
@@ -53,6 +53,14 @@ def test_edits_equal_those_of_the_plain_pipeline(
     wanted: Any = edits[kind]
     wanted = pixels(wanted(**job.params, **inputs, generator=torch.Generator("cpu").manual_seed(5)))
     assert (made["j"] == wanted).all()
+
+
+@pytest.mark.parametrize(("family", "kind"), [(f, k) for f in EDITED for k in ("image", "mask") if (f, k) != SD3_MASK])
+def test_edits_have_previews(family: str, kind: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = EngineLoop(tiny(family), Batching(max_num_batched_tokens=1), edits=edit_pipelines(tiny(family)))
+    _, events = run_lanes(loop, [job_of(kind, num_previews=2)], monkeypatch)
+    assert usage(events["j"]).warnings == ()
+    assert [event.step for event in events["j"] if isinstance(event, Preview)] == [1, 2]
 
 
 def test_a_model_that_takes_an_image_keeps_its_own_pipeline(tiny: Any) -> None:
