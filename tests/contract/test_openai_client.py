@@ -234,7 +234,7 @@ def test_errors_are_the_clients_own_classes(client: openai.OpenAI) -> None:
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
     difference = np.asarray(one.convert("RGB"), dtype=float) - np.asarray(other.convert("RGB"), dtype=float)
-    return float(10 * np.log10(255**2 / (difference**2).mean()))
+    return float(10 * np.log10(255**2 / max((difference**2).mean(), 1e-6)))
 
 
 def test_a_streamed_image_sharpens(client: openai.OpenAI) -> None:
