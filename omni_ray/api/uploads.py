@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Collection
 from typing import Any
 
 from fastapi import Request
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -84,6 +84,8 @@ def _problem(data: bytes) -> str:
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} that are taken"
             image.load()
+    except UnidentifiedImageError:
+        return "is no image; send a PNG, JPEG or WebP"
     except Exception as error:  # Pillow's readers raise all kinds
         return f"cannot be read: {error}; send a whole PNG, JPEG or WebP"
     return ""

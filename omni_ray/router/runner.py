@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
 from omni_ray.errors import OmniRayError
@@ -106,7 +107,14 @@ class JobRunner:
         if stored.id in self._tasks:
             return
         logger.warning("job %s is taken over after step %d", stored.id, stored.resume_step)
-        record = self._groups[stored.job.group].admit(await self._store.whole_job(stored), always=True)
+        try:
+            job = await self._store.whole_job(stored)
+        except OSError as error:
+            logger.exception("job %s cannot be gone on with", stored.id)
+            lost = dataclasses.replace(ended(stored, "failed", self._expire_after_s), error=_error(error))
+            await self._store.save(lost, self._owner)
+            return
+        record = self._groups[stored.job.group].admit(job, always=True)
         if stored.resume_step:
             record.progress = stored.resume_step / max(stored.num_steps, 1)
         self._start(dataclasses.replace(stored, attempts=stored.attempts + 1), record)
@@ -125,8 +133,9 @@ class _Work:
 
     async def run(self, runner: JobRunner, record: JobRecord) -> None:
         try:
-            async for event in runner.events(record):
-                await self._take(event)
+            async with aclosing(runner.events(record)) as events:
+                async for event in events:
+                    await self._take(event)
         except asyncio.CancelledError as reason:
             if reason.args != (ASKED,):
                 raise  # this process ends: another router goes on with the job
