@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,6 +78,10 @@ def test_the_audit_logs_tell_of_each_request(guarded: Server) -> None:
     assert said
     files = list(Path(said[1]).glob("audit_*.log"))
     assert len(files) == 2
+    deadline = time.monotonic() + 10
+    while not any('"mine"' in file.read_text() for file in files):  # the line is written after the answer
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     (mine,) = (line for line in lines if line["id"] == "mine")
     assert (mine["key"], mine["model"], mine["path"], mine["status"]) == ("bob", "demo-image", IMAGES, 200)

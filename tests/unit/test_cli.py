@@ -58,6 +58,7 @@ def test_check_prints_a_line_per_model(capsys: pytest.CaptureFixture[str]) -> No
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["demo-chat", "ar", "demo:chat", "1", "replica", "x", "1", "rank"],
         ["demo-image", "dit", "demo:image", "1", "replica", "x", "1", "rank"],
+        ["demo-video", "dit", "demo:video", "1", "replica", "x", "1", "rank"],
         ["demo-omni", "pipeline", "demo-chat", "->", "demo-image"],
     ]
 
@@ -123,7 +124,7 @@ def test_the_announcement_names_address_models_and_a_request() -> None:
     text = announcement("http://127.0.0.1:8000", load_file(DEPLOYMENT).omni_applications)
     assert text.splitlines()[:2] == [
         "ready: http://127.0.0.1:8000",
-        "models: demo-chat (ar), demo-image (dit), demo-omni (pipeline)",
+        "models: demo-chat (ar), demo-image (dit), demo-video (dit), demo-omni (pipeline)",
     ]
     assert "curl http://127.0.0.1:8000/v1/chat/completions" in text
 

@@ -272,9 +272,10 @@ def test_foreign_applications_are_left_alone(tmp_path: Path) -> None:
 
 def test_the_default_deployment_is_valid() -> None:
     [spec] = load(ROOT / "deployments/omni.yaml")
-    chat, image, chain = spec.models
+    chat, image, video, chain = spec.models
     assert isinstance(chat, ArGroup)
     assert isinstance(image, DitGroup)
+    assert isinstance(video, DitGroup)
     assert isinstance(chain, Pipeline)
     assert (chain.rewrite, chain.generate) == (chat.name, image.name) == ("demo-chat", "demo-image")
 
@@ -306,7 +307,7 @@ def test_a_checked_file_is_valid_for_ray_too() -> None:
     file = load_file(ROOT / "deployments/omni.yaml")
     schema = ServeDeploySchema.model_validate(file.model_dump(mode="json", exclude_unset=True))
     assert schema.http_options.host == "127.0.0.1"
-    assert schema.applications[0].args["models"][2]["rewrite"] == "demo-chat"
+    assert schema.applications[0].args["models"][3]["rewrite"] == "demo-chat"
 
 
 def test_a_check_imports_nothing_heavy() -> None:
