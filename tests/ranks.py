@@ -69,7 +69,8 @@ def run_case(family: str, levers: dict[str, Any], folder: Path, leads: bool) -> 
     weights on the device; where it has neither, by the plain pipeline."""
     group = DitGroup(type="dit", name="m", source=str(folder), device="cpu", **levers)
     jobs, made = jobs_of(family), dict[str, Any]()
-    jobs[1] = dataclasses.replace(jobs[1], num_previews=2)
+    if family == "flux":
+        jobs[1] = dataclasses.replace(jobs[1], num_previews=2)
     lane.encode_outputs = lambda output, job: iter(made.update({job.id: pixels(output)}) or ())  # type: ignore[assignment]
     alone = group.model_copy(update={"parallel": DitParallel(), "offload": DitOffload()})
     if leads and repr(alone) not in _wanted:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.conftest import Server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 
 VICTIMS = ("Router", "demo-image", "Api")
 NUM_IMAGES, NUM_VIDEOS = 14, 6

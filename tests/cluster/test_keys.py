@@ -16,7 +16,7 @@ import yaml
 from omni_ray.config.keys import hash_of, new_key
 from tests.conftest import Server, serving
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 
 ALICE, BOB = new_key(), new_key()
 IMAGES = "/v1/images/generations"

@@ -126,7 +126,7 @@ def test_a_gigabyte_that_is_only_declared(server: Server) -> None:
     assert time.monotonic() - start < SOON_S
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_no_request_that_the_document_allows_breaks_the_server(server: Server, tmp_path: Path) -> None:
     """Schemathesis makes requests of `/openapi.json`; here some, `--max-examples` makes more."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json"]
