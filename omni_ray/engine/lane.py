@@ -172,12 +172,8 @@ class Lane:
                 self._preview(clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result))
         if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
             self._saved_at = time.perf_counter()
-            tell = functools.partial(self._tell_saved, self.step)
             data = save(self.step, next_sample(result), scheduler, self._generator)
-            if self.device.type == "cpu":
-                tell(data)
-            else:
-                _savers.submit(tell, data)
+            _savers.submit(self._tell_saved, self.step, data)
 
     def _tell_saved(self, step: int, data: Callable[[], bytes]) -> None:
         try:

@@ -239,7 +239,7 @@ def test_ranks_on_cpus_fit_the_main_memory_together() -> None:
 def test_without_gpus_ranks_run_on_cpus() -> None:
     plan = make_plan(load(ROOT / "deployments/omni.yaml")[0], (unknown_node("here", 0),))
     assert not plan.refusals
-    assert [group.placement.bundles for group in plan.groups] == [[{"CPU": 0.5}]] * 2
+    assert [group.placement.bundles for group in plan.groups] == [[{"CPU": 0.5}]] * 3
 
 
 def test_applications_share_the_nodes() -> None:
