@@ -36,16 +36,18 @@ def send(server: Server, path: str, body: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "victim", ["ray::Rank", "ray::ServeReplica:omni:demo-image", "ray::ServeReplica:omni:demo-chat"]
+    ("victim", "num"),
+    [("ray::Rank", 2), ("ray::ServeReplica:omni:demo-image", 1), ("ray::ServeReplica:omni:demo-chat", 1)],
 )
-def test_a_killed_process(server: Server, victim: str) -> None:
+def test_a_killed_process(server: Server, victim: str, num: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         running = {
             kind: [pool.submit(send, server, path, body) for path, body in requests]
             for kind, requests in {"chats": CHATS, "streams": STREAMS, "drawings": DRAWINGS}.items()
         }
         time.sleep(1.5)
-        server.find(victim)[0].kill()
+        for process in server.find(victim, num):
+            process.kill()
         ended = {kind: [each.result() for each in futures] for kind, futures in running.items()}
     assert set(ended["chats"]) == {"answer"}
     assert set(ended["drawings"]) == {"answer"}
