@@ -23,7 +23,7 @@ def requests() -> dict[str, str]:
     """The README's requests by the model that they name."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [text for block in blocks for text in re.split(r"\n\n", block) if "curl -s" in text]
-    return {re.findall(r'"model": "([^"]*)"', text)[0]: text for text in lines}
+    return {re.findall(r'model(?:": "|=)([\w-]+)', text)[0]: text for text in lines}
 
 
 def run(model: str, server: Server, folder: Path) -> str:
@@ -56,3 +56,9 @@ def test_chain(server: Server, tmp_path: Path) -> None:
     caption = run("demo-omni", server, tmp_path).strip()
     assert caption == "a red circle on a blue background"
     assert not reasons(opened(tmp_path / "tomato.png"), scenes.parse(caption))
+
+
+def test_video(server: Server, tmp_path: Path) -> None:
+    events = [line for line in run("demo-video", server, tmp_path).splitlines() if line]
+    assert json.loads(events[-1].removeprefix("data: "))["status"] == "completed"
+    assert (tmp_path / "moving.mp4").read_bytes()[4:8] == b"ftyp"

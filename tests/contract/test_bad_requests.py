@@ -86,7 +86,6 @@ def test_a_guidance_that_is_no_number(client: httpx.Client, number: str) -> None
         ({"prompt": 3}, "prompt"),
         ({"prompt": "x" * 2**20}, "prompt"),
         ({"num_frames": 2}, "num_frames"),
-        ({"stream": True}, "stream"),
         ({"output_format": "gif"}, "output_format"),
         ({"model": 3}, "model"),
         ({"model": None}, "model"),
@@ -108,7 +107,9 @@ def test_an_unknown_field_is_told_the_nearest(client: httpx.Client) -> None:
 @pytest.mark.parametrize("path", [IMAGES, CHAT, "/v1/completions", "/tokenize"])
 def test_an_unknown_model_is_told_the_known_ones(client: httpx.Client, path: str) -> None:
     error = refused(client, 404, path, json={"model": "gpt-4", "prompt": "a", "messages": []})
-    assert error["message"] == "The model 'gpt-4' does not exist; choose one of: demo-chat, demo-image, demo-omni"
+    assert error["message"] == (
+        "The model 'gpt-4' does not exist; choose one of: demo-chat, demo-image, demo-omni, demo-video"
+    )
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
