@@ -37,7 +37,11 @@ def send(server: Server, path: str, body: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     ("victim", "num"),
-    [("ray::Rank", 2), ("ray::ServeReplica:omni:demo-image", 1), ("ray::ServeReplica:omni:demo-chat", 1)],
+    [
+        ("ray::Rank", 2),
+        pytest.param("ray::ServeReplica:omni:demo-image", 1, marks=pytest.mark.thorough),
+        pytest.param("ray::ServeReplica:omni:demo-chat", 1, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_killed_process(server: Server, victim: str, num: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(50) as pool:

@@ -53,6 +53,7 @@ def test_two_ranks() -> None:
     check(TWO, run_ranks(2, TWO))
 
 
+@pytest.mark.thorough
 def test_two_ranks_share_the_decisions_of_their_cache() -> None:
     results = run_ranks(2, CACHED)
     check(CACHED, results)
@@ -63,5 +64,6 @@ def test_three_ranks() -> None:
     check(THREE, run_ranks(3, THREE))
 
 
+@pytest.mark.thorough
 def test_four_ranks() -> None:
     check(FOUR, run_ranks(4, FOUR))

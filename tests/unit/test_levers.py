@@ -7,7 +7,7 @@ import pytest
 from tests.levers import CACHES, FILE, TOLERANCE, cell, keys, refusal, run, sample, told
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_quarter_of_the_combinations() -> None:
     results = run(sample())
     for key, result in results.items():
