@@ -27,15 +27,15 @@ class StoredJobs:
 
     async def get(self, request: Request) -> Response:
         """One job."""
-        return answer(job_object(await self._background.get(*_which(request))))
+        return answer(job_object(await self._background.get(*which(request, KINDS))))
 
     async def cancel(self, request: Request) -> Response:
         """Stop the work on a job within one denoise step. One that is over stays as it is."""
-        return answer(job_object(await self._background.cancel(*_which(request))))
+        return answer(job_object(await self._background.cancel(*which(request, KINDS))))
 
     async def delete(self, request: Request) -> Response:
         """Stop a job, and forget it and its outputs."""
-        job_id, kinds, user = _which(request)
+        job_id, kinds, user = which(request, KINDS)
         await self._background.delete(job_id, kinds, user)
         return answer({"id": job_id, "object": "job.deleted", "deleted": True})
 
@@ -44,12 +44,12 @@ class StoredJobs:
         index = request.query_params.get("index", "0")
         if not (index.isascii() and index.isdecimal() and len(index) < 6):
             raise RequestError(f"index: {index[:80]!r} is no number", param="index")
-        data, content_type = await self._background.content(*_which(request), int(index))
+        data, content_type = await self._background.content(*which(request, KINDS), int(index))
         return Response(data, media_type=content_type)
 
     async def events(self, request: Request) -> Response:
         """The job's object whenever it changes, as server-sent events, until it is over."""
-        events = self._background.events(*_which(request))
+        events = self._background.events(*which(request, KINDS))
         first = await anext(events)
 
         async def rest() -> Any:
@@ -60,8 +60,9 @@ class StoredJobs:
         return sse.EventStream(rest())
 
 
-def _which(request: Request) -> tuple[str, tuple[Kind, ...], str]:
-    return request.path_params["job_id"], KINDS, Submission.of(request).user
+def which(request: Request, kinds: tuple[Kind, ...]) -> tuple[str, tuple[Kind, ...], str]:
+    """The job that a path names, of which kinds it may be, and whose it has to be."""
+    return request.path_params["job_id"], kinds, Submission.of(request).user
 
 
 def _asked(request: Request) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from omni_ray.api.directory import Directory
 from omni_ray.api.limits import Inputs
 from omni_ray.api.pipeline import Drawer
 from omni_ray.api.protocol import VideosRequest, parse
-from omni_ray.api.stored_jobs import answer, page
+from omni_ray.api.stored_jobs import answer, page, which
 from omni_ray.api.submission import Submission
 from omni_ray.api.uploads import check_image, read_form, typed
 from omni_ray.errors import OmniRayError, RequestError
@@ -57,11 +57,11 @@ class Videos:
 
     async def get(self, request: Request) -> Response:
         """One video's object."""
-        return answer(video_object(await self._background.get(*_which(request))))
+        return answer(video_object(await self._background.get(*which(request, KINDS))))
 
     async def delete(self, request: Request) -> Response:
         """Stop a video's job, and forget it and the video."""
-        job_id, kinds, user = _which(request)
+        job_id, kinds, user = which(request, KINDS)
         await self._background.delete(job_id, kinds, user)
         return answer({"id": job_id, "object": "video.deleted", "deleted": True})
 
@@ -69,7 +69,7 @@ class Videos:
         """The video as MP4."""
         if (variant := request.query_params.get("variant", "video")) != "video":
             raise RequestError(f"variant: {variant[:80]!r} is not made; there is 'video'", param="variant")
-        data, content_type = await self._background.content(*_which(request))
+        data, content_type = await self._background.content(*which(request, KINDS))
         return Response(data, media_type=content_type)
 
     async def _submit(self, request: Request) -> StoredJob:
@@ -132,7 +132,3 @@ def video_object(stored: StoredJob) -> dict[str, Any]:
         "quality": "standard",
         "remixed_from_video_id": None,
     }
-
-
-def _which(request: Request) -> tuple[str, tuple[Kind, ...], str]:
-    return request.path_params["job_id"], KINDS, Submission.of(request).user

@@ -60,8 +60,8 @@ class JobRunner:
             raise
         if is_new:
             self._start(stored, record)
-        else:
-            await group.leave(record)
+            return stored
+        await group.leave(record)
         return await self._store.get(stored.id) or stored
 
     async def cancel(self, job_id: str) -> StoredJob | None:
