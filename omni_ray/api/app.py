@@ -46,6 +46,7 @@ from omni_ray.api.videos import Videos
 from omni_ray.config.spec import OmniSpec, Pipeline
 from omni_ray.errors import OmniRayError, RequestError
 from omni_ray.store.store import Store
+from omni_ray.watch import look_after_neighbours
 
 EDIT_FILES, VARIATION_FILES, VIDEO_FILES = ("image", "mask"), ("image",), ("input_reference",)
 
@@ -57,6 +58,7 @@ class Api:
     def __init__(
         self, spec: OmniSpec, router: DeploymentHandle[Any], ar_handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
+        look_after_neighbours()
         chains = {model.id: model for model in spec.models if isinstance(model, Pipeline)}
         self._max_body_bytes = int(spec.api.max_body_mib * 2**20)
         self._audit_prompts = spec.api.audit_prompts

@@ -18,6 +18,7 @@ import ray
 from omni_ray.config.spec import DitGroup
 from omni_ray.engine.meters import RankMeters
 from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, Usage
+from omni_ray.watch import look_after_neighbours
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class Rank:
     """
 
     def __init__(self, group: DitGroup, source: str, index: int, replica_id: str) -> None:
+        look_after_neighbours()
         self._group = group
         self._source = source
         self._index = index

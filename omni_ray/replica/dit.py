@@ -16,6 +16,7 @@ from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
 from omni_ray.replica import scaling
 from omni_ray.replica.meters import JobMeter
+from omni_ray.watch import look_after_neighbours
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +35,7 @@ class DitReplica:
     """``launch`` starts the gang for a group, given the replica's id."""
 
     async def __init__(self, group: DitGroup, launch: Callable[[DitGroup, str], Gang]) -> None:  # type: ignore[misc]
+        look_after_neighbours()
         context = serve.get_replica_context()
         self._group = group
         self._router = serve.get_deployment_handle("Router", context.app_name)

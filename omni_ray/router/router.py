@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,10 +24,16 @@ from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.meters import tell_forever
 from omni_ray.router.quota import Quotas
 from omni_ray.router.runner import JobRunner
+from omni_ray.router.watchers import watch_all_nodes
 from omni_ray.store.store import Store
 from omni_ray.store.stored import StoredJob
+from omni_ray.watch import look_after_neighbours
+
+logger = logging.getLogger("ray.serve")
 
 STATUS_MAX_AGE_S = 0.5
+STATUS_TIMEOUT_S = 2.0
+"""So long Ray Serve's controller may take to answer; then what it said last counts."""
 
 
 class Router:
@@ -35,6 +42,7 @@ class Router:
     async def __init__(  # type: ignore[misc]
         self, spec: OmniSpec, handles: dict[str, DeploymentHandle], deployments: dict[str, str]
     ) -> None:
+        look_after_neighbours()
         self._spec = spec
         self._deployments = deployments
         self._quotas = Quotas()
@@ -46,8 +54,10 @@ class Router:
         self._application = serve.get_replica_context().app_name
         self._overview: ApplicationStatusOverview | None = None
         self._overview_time = 0.0
+        self._asking: asyncio.Task[None] | None = None
         self._describing: dict[str, asyncio.Task[Any]] = {}
         self._telling = asyncio.create_task(tell_forever(spec, self.status))
+        self._watching = asyncio.create_task(watch_all_nodes())
 
     async def run(self, job: Job) -> AsyncIterator[Event]:
         """Run a DiT job. Yields its events, last exactly one Usage or Failure; closing the stream cancels the job."""
@@ -145,11 +155,21 @@ class Router:
         return tuple([self._group_status(group, overview) for group in self._spec.groups])
 
     async def _serve_status(self) -> ApplicationStatusOverview | None:
-        if time.monotonic() - self._overview_time > STATUS_MAX_AGE_S:
-            self._overview_time = time.monotonic()
+        if self._asking is None and time.monotonic() - self._overview_time > STATUS_MAX_AGE_S:
+            self._asking = asyncio.create_task(self._ask_serve())
+        if self._asking is not None:
+            await asyncio.wait([self._asking], timeout=STATUS_TIMEOUT_S)
+        return self._overview
+
+    async def _ask_serve(self) -> None:
+        try:
             status = await asyncio.to_thread(serve.status)
             self._overview = status.applications.get(self._application)
-        return self._overview
+            self._overview_time = time.monotonic()
+        except Exception as error:
+            logger.warning("Ray Serve's controller does not tell its status: %s", error)
+        finally:
+            self._asking = None
 
     def _group_status(self, group: ArGroup | DitGroup, overview: ApplicationStatusOverview | None) -> GroupStatus:
         deployment = overview.deployments.get(self._deployments[group.id]) if overview else None
