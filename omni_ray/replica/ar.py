@@ -21,6 +21,8 @@ from omni_ray.orphans import leave_none
 from omni_ray.plan.placement import rank_order
 from omni_ray.replica import scaling
 from omni_ray.replica.asgi import AsgiApp, Exchange
+from omni_ray.replica.logs import handlers_kept
+from omni_ray.watch import look_after_neighbours
 
 if TYPE_CHECKING:
     from omni_ray.replica.vllm_adapter import Vllm
@@ -92,10 +94,12 @@ class ArReplica:
 
     def _start_engine(self, source: str, loop: asyncio.AbstractEventLoop) -> Vllm:
         leave_none()
+        look_after_neighbours()
         if self._group.parallel.num_nodes > 1:
             placement = placement_group_table(get_current_placement_group())
             rank_order(placement["bundles_to_node_id"], self._group.parallel, self._group.id)
-        from omni_ray.replica.vllm_adapter import Vllm, serve_args
+        with handlers_kept():
+            from omni_ray.replica.vllm_adapter import Vllm, serve_args
 
         args = serve_args(self._group, source)
         loop.call_soon_threadsafe(self._progress.report, "loading weights")
