@@ -27,7 +27,10 @@ from omni_ray.router import balance
 from omni_ray.router.router import Router
 from omni_ray.sources import resolve_source
 
-HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 30, "graceful_shutdown_timeout_s": 20}
+HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 10, "graceful_shutdown_timeout_s": 20}
+
+SOME_CPU = 0.01
+"""Keeps an actor off nodes without CPUs."""
 
 
 def build(args: OmniSpec) -> serve.Application:
@@ -39,17 +42,27 @@ def build(args: OmniSpec) -> serve.Application:
     dit = {g.id: _dit_group(g, plan.placement(g.id)) for g in spec.groups if isinstance(g, DitGroup)}
     ar = {g.id: _ar_group(g, spec, plan.placement(g.id)) for g in spec.groups if isinstance(g, ArGroup)}
     deployments = {g.id: deployment_name(g.id) for g in spec.groups}
+    num_nodes, actor_options = _edge()
     router = serve.deployment(Router).options(
-        name="Router", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, **HEALTH
+        name="Router", max_ongoing_requests=100_000, ray_actor_options=actor_options, **HEALTH
     )
     api = serve.deployment(Api).options(
         name="Api",
         num_replicas=spec.api.num_replicas,
+        max_replicas_per_node=math.ceil(spec.api.num_replicas / num_nodes),
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=actor_options,
         **HEALTH,
     )
     return api.bind(spec, router.bind(spec, dit, deployments), ar)
+
+
+def _edge() -> tuple[int, dict[str, float]]:
+    """Over how many nodes router and ingress spread, and what an actor of theirs asks of Ray: nothing, unless a node
+    has no CPUs, such as a head that is to run nothing which its loss would take along."""
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    for_work = [node for node in nodes if node["Resources"].get("CPU")]
+    return max(len(for_work), 1), {"num_cpus": 0 if len(for_work) == len(nodes) else SOME_CPU}
 
 
 def deployment_name(group_id: str) -> str:
