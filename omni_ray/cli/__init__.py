@@ -50,6 +50,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from omni_ray.cli.tune import tune
 
         return tune(arguments)
+    if arguments.verb == "env":
+        from omni_ray.cli.environment import print_exports
+
+        return print_exports()
     if arguments.verb == "key":
         from omni_ray.cli.key import key
 
@@ -161,6 +165,12 @@ def _add_tools(verbs: Any) -> None:
         ),
         DEFAULT_ADDRESS,
     )
+    verbs.add_parser(
+        "env",
+        help="print what to export before `serve run`, and on every node before `ray start`",
+        description='As the shell reads it: eval "$(omni-ray env)". Variables that are set stay.',
+    )
+
     key = verbs.add_parser("key", help="make an API key, and its line for the file that api.keys_file names")
     key.add_argument("name", metavar="NAME", help="what the audit log and messages call it")
 

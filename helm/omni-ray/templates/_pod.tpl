@@ -21,6 +21,10 @@
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
 - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
 - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/omni-ray/.venv/bin/omni-ray-haproxy}
+- {name: RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER, value: 1s}
+- {name: RAY_SERVE_HAPROXY_RETRY_ON, value: conn-failure empty-response}
+- {name: RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "2"}
+- {name: RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "2"}
 {{- if eq .Values.auth.mode "disabled" }}
 - {name: RAY_AUTH_MODE, value: disabled}
 {{- end }}
