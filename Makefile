@@ -11,6 +11,7 @@ serve: setup    # serve a YAML file; another one: make serve FILE=deployments/ot
 
 test: setup     # all tests; some of them: make test ARGS="tests/unit -k router"
 	@scripts/prometheus
+	@scripts/redis
 	$(BIN)/pytest $(ARGS)
 
 check: setup    # style, types, import rules, shape

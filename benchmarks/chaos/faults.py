@@ -1,0 +1,198 @@
+"""The faults: what is struck, how, and when it is noticed and made good."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+import psutil
+
+from benchmarks.chaos.nodes import Cluster, Node
+
+RESTART_AFTER_S = 8.0
+"""A machine that failed is back after this, as a pod that Kubernetes starts anew would be."""
+
+SERVE_KNOWS_S = 5.0
+"""Until then Ray Serve may count what is gone as running."""
+
+PROCESSES = {
+    "rank": "ray::Rank",
+    "image replica": "ray::ServeReplica:omni:demo-image",
+    "chat replica": "ray::ServeReplica:omni:demo-chat",
+    "chat engine": "VLLM::EngineCore",
+    "router": "ray::ServeReplica:omni:Router",
+    "ingress": "ray::ServeReplica:omni:Api",
+    "controller": "ray::ServeController",
+}
+BLOWS = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
+GROUPS = {
+    "rank": ("demo-image", "demo-video"),
+    "image replica": ("demo-image",),
+    "chat replica": ("demo-chat",),
+    "chat engine": ("demo-chat",),
+}
+"""Which groups a fault strikes, or one of them."""
+
+NODE_FAULTS = ("worker killed", "worker frozen", "worker cut off", "head killed")
+
+
+@dataclass
+class Fault:
+    """One fault. Times are monotonic; those that did not come to be are None."""
+
+    name: str
+    at: float = field(default_factory=time.monotonic)
+    noticed: float | None = None
+    """When the process was ended, or the node given up, by the server itself; a killed process is noticed when another
+    one is started in its place."""
+
+    whole: float | None = None
+    """When as many replicas ran again as before, and every node."""
+
+    is_seen_through: bool = False
+    """Whether ``noticed`` is final, and Ray Serve knows too."""
+
+    in_flight: int = 0
+
+
+def all_faults() -> list[str]:
+    return [f"{process} {blow}" for process in PROCESSES for blow in BLOWS] + list(NODE_FAULTS)
+
+
+class Striker:
+    """Strikes a cluster, and looks after it as Kubernetes does: a node that died is started anew."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster = cluster
+        self._dice = random.Random(seed)
+        self._down: dict[int, float] = {}
+
+    def possible(self, name: str, num_replicas: dict[str, int]) -> bool:
+        """Two of each can lose one: what would strike a group that has not got over the last blow has to wait, and so
+        has what takes a node away while one of all is missing."""
+        if name in NODE_FAULTS:
+            return self.is_whole(num_replicas)
+        running = self._running()
+        return all(running.get(group) == num_replicas[group] for group in GROUPS.get(name.rpartition(" ")[0], ()))
+
+    def strike(self, name: str) -> Fault:
+        """:raises LookupError: there is nothing of the kind now."""
+        if name in NODE_FAULTS:
+            return self._strike_node(name)
+        process, _, blow = name.rpartition(" ")
+        found = self._find(PROCESSES[process])
+        if not found:
+            raise LookupError(f"no {process} now")
+        victim = self._dice.choice(found)
+        fault = Fault(name)
+        victim.send_signal(BLOWS[blow])
+        if blow == "frozen":
+            return _notice(fault, lambda: _end_of(victim))
+        return _notice(fault, lambda: self._successor(PROCESSES[process], set(found)))
+
+    def _strike_node(self, name: str) -> Fault:
+        who, _, how = name.partition(" ")
+        return self.lose(0 if who == "head" else self._dice.randrange(1, len(self._cluster.nodes)), how)
+
+    def lose(self, index: int, how: str) -> Fault:
+        """``how`` is killed, frozen, or cut off."""
+        node = self._cluster.nodes[index]
+        self._down[index] = time.monotonic()
+        fault = Fault(f"{'worker' if index else 'head'} {how}")
+        {"killed": node.kill, "frozen": node.freeze, "cut off": node.cut_off}[how]()
+        return _notice(fault, lambda: self._given_up(node))
+
+    def _find(self, title: str) -> list[psutil.Process]:
+        found = []
+        for node in self._cluster.nodes:
+            for process in node.processes():
+                try:
+                    if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_STOPPED:
+                        found.append(process)
+                except psutil.Error:
+                    continue
+        return found
+
+    def _successor(self, title: str, before: set[psutil.Process]) -> float | None:
+        """When a process of this title is there that was not."""
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            if set(self._find(title)) - before:
+                return time.monotonic()
+            time.sleep(0.1)
+        return None
+
+    def _given_up(self, node: Node) -> float | None:
+        """When Ray's control store counts the node as dead; of the head nobody keeps count."""
+        if node.index == 0:
+            return None
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            if not self._is_alive(node):
+                return time.monotonic()
+            time.sleep(0.1)
+        return None
+
+    def _is_alive(self, node: Node) -> bool:
+        url = f"http://{self._cluster.nodes[0].ip}:8265/nodes?view=summary"
+        try:
+            summary = httpx.get(url, timeout=2, trust_env=False).json()["data"]["summary"]
+        except (httpx.HTTPError, KeyError):
+            return True
+        return any(each["ip"] == node.ip and each["raylet"].get("state") == "ALIVE" for each in summary)
+
+    def look_after(self) -> None:
+        """Start the nodes anew that have been down for a while."""
+        for index, since in list(self._down.items()):
+            if time.monotonic() - since > RESTART_AFTER_S:
+                node = self._cluster.nodes[index]
+                node.kill()
+                node.start()
+                del self._down[index]
+
+    def addresses(self) -> list[str]:
+        """Of the workers that are up, as a load balancer knows them."""
+        return [node.url for node in self._cluster.nodes[1:] if node.index not in self._down]
+
+    def is_whole(self, num_replicas: dict[str, int]) -> bool:
+        """Whether every node is up, and of every group so many replicas as there should be."""
+        if self._down:
+            return False
+        return self._running() == num_replicas
+
+    def _running(self) -> dict[str, int]:
+        """Replicas that run, by group, as the server tells it; groups with others that start or stop are left out."""
+        for address in self.addresses():
+            try:
+                groups = httpx.get(f"{address}/ready", timeout=3, trust_env=False).json()["groups"]
+            except (httpx.HTTPError, ValueError, KeyError):
+                continue
+            return {g["group"]: g["replicas"]["RUNNING"] for g in groups if g["replicas"].keys() == {"RUNNING"}}
+        return {}
+
+
+def _notice(fault: Fault, wait: Callable[[], float | None]) -> Fault:
+    """Let ``wait`` find out when the fault is noticed, in a thread of its own."""
+
+    def see() -> None:
+        fault.noticed = wait()
+        time.sleep(SERVE_KNOWS_S)
+        fault.is_seen_through = True
+
+    threading.Thread(target=see, daemon=True).start()
+    return fault
+
+
+def _end_of(process: psutil.Process) -> float | None:
+    try:
+        process.wait(30)
+    except psutil.TimeoutExpired:
+        return None
+    except psutil.Error:
+        pass
+    return time.monotonic()
