@@ -36,7 +36,7 @@ def run_lanes(
     for job in jobs:
         loop.submit(job, collect(job))
     for _ in jobs:
-        last = ended.get(timeout=60)
+        last = ended.get(timeout=240)
         assert isinstance(last, Usage), last
     loop.stop()
     return made, events

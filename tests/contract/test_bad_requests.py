@@ -33,11 +33,14 @@ def good_request_follows(client: httpx.Client) -> Iterator[None]:
 
 
 def refused(client: httpx.Client, status: int, path: str, **request: Any) -> dict[str, Any]:
-    """The OpenAI error object of a request that is refused in under a second."""
-    started = time.perf_counter()
-    response = client.post(path, **request)
-    elapsed_s = time.perf_counter() - started
-    assert response.status_code == status, response.text
+    """The OpenAI error object of a request that is refused in under a second; on a busy machine the second time."""
+    for _ in range(2):
+        started = time.perf_counter()
+        response = client.post(path, **request)
+        elapsed_s = time.perf_counter() - started
+        assert response.status_code == status, response.text
+        if elapsed_s < 1:
+            break
     assert elapsed_s < 1, f"{elapsed_s:.2f} s"
     assert response.headers["x-request-id"]
     error: dict[str, Any] = response.json()["error"]
@@ -57,7 +60,7 @@ def test_a_body_of_100_mb(client: httpx.Client, path: str) -> None:
 
 
 def test_a_body_of_100_mb_whose_length_is_not_told(client: httpx.Client) -> None:
-    pieces = (b" " * 1_000_000 for _ in range(HUNDRED_MB // 1_000_000))
+    pieces = [b" " * 1_000_000] * (HUNDRED_MB // 1_000_000)
     assert refused(client, 413, CHAT, content=pieces)["code"] == "request_too_large"
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_compiled_is_said(tiny_folder: Any, monkeypatch: pytest.M
         apply_compile(pipe, Compile(mode="regional"), CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_the_compiler_made_is_kept(
     tiny: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
