@@ -19,7 +19,7 @@ from omni_ray.demo import scenes
 from omni_ray.demo.check import reasons
 from tests.conftest import Server, num_placement_groups, serving
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 
 SPEC = """
 http_options: {host: 127.0.0.1}
@@ -54,7 +54,7 @@ def test_two_ranks_draw_one_picture(gang: Server) -> None:
     assert not reasons(draw(gang, seed=1), scenes.parse("a red circle"))
 
 
-@pytest.mark.parametrize("blow", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGSTOP])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_is_lost(gang: Server, blow: signal.Signals) -> None:
     before = gang.find(RANK, 2)
     with concurrent.futures.ThreadPoolExecutor(20) as pool:

@@ -36,7 +36,7 @@ VERDICT = {
 
 def spec_of(source: str, **engine_args: Any) -> OmniSpec:
     model = {"type": "ar", "name": "tiny", "profile": "exact", "source": source, "engine_args": engine_args}
-    return OmniSpec.model_validate({"models": [model], "api": {"stream_interval_ms": 40}})
+    return OmniSpec.model_validate({"models": [model], "api": {"stream_interval_ms": 150}})
 
 
 def group_of(spec: OmniSpec) -> ArGroup:

@@ -20,7 +20,9 @@ def case(family: str, **degrees: int) -> Case:
 
 TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
 TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
-TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses", "ring", "cfg")]
+TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
+TWO += [case("flux", ring=2), case("qwen_image", cfg=2)]
+MORE = [case(family, ring=2) for family in TENSOR[1:]] + [case(family, cfg=2) for family in TENSOR]
 CACHED: list[Case] = [
     (family, {"parallel": {axis: 2}, "cache": TEACACHE})
     for family in TENSOR
@@ -54,12 +56,18 @@ def test_two_ranks() -> None:
 
 
 @pytest.mark.thorough
+def test_two_ranks_along_the_other_axes() -> None:
+    check(MORE, run_ranks(2, MORE))
+
+
+@pytest.mark.thorough
 def test_two_ranks_share_the_decisions_of_their_cache() -> None:
     results = run_ranks(2, CACHED)
     check(CACHED, results)
     assert all(result["skipped"] > 0 for result in results)
 
 
+@pytest.mark.thorough
 def test_three_ranks() -> None:
     check(THREE, run_ranks(3, THREE))
 

@@ -67,7 +67,7 @@ def test_a_calibration_holds_on_other_prompts(
     assert measured.skipped == pytest.approx(expected.predicted, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_tuning_ends_with_a_profile(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
