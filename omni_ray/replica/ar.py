@@ -101,9 +101,9 @@ class ArReplica:
         with handlers_kept():
             from omni_ray.replica.vllm_adapter import Vllm, serve_args
 
-        args = serve_args(self._group, source)
-        loop.call_soon_threadsafe(self._progress.report, "loading weights")
-        return Vllm(args)
+            args = serve_args(self._group, source)
+            loop.call_soon_threadsafe(self._progress.report, "loading weights")
+            return Vllm(args)
 
     def _check_engine(self) -> None:
         if self._vllm is None or self._vllm.errored:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import logging.handlers
 import os
 import signal
 import time
@@ -34,6 +36,10 @@ VERDICT = {
 }
 
 
+LOG_OF_SERVE = logging.handlers.MemoryHandler(10)
+"""As Ray Serve's; its target is None once it is closed."""
+
+
 def spec_of(source: str, **engine_args: Any) -> OmniSpec:
     model = {"type": "ar", "name": "tiny", "profile": "exact", "source": source, "engine_args": engine_args}
     return OmniSpec.model_validate({"models": [model], "api": {"stream_interval_ms": 150}})
@@ -58,6 +64,7 @@ async def replica(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ArR
         enable_prefix_caching=False,
     )
     group = group_of(spec).model_copy(update={"parallel": ArParallel(tensor=2)})
+    LOG_OF_SERVE.setTarget(logging.NullHandler())
     replica = ArReplica(spec, group, source)
     await replica.check_health()
     yield replica
@@ -116,6 +123,11 @@ async def test_chat_is_the_same_plain_and_streamed(replica: ArReplica) -> None:
     text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
     assert text == plain["choices"][0]["message"]["content"]
     assert chunks[-1]["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"] == 24
+
+
+async def test_the_log_of_ray_serve_goes_on(replica: ArReplica) -> None:
+    await replica.check_health()
+    assert LOG_OF_SERVE.target is not None
 
 
 async def test_chunks_are_joined(replica: ArReplica) -> None:
