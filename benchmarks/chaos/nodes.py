@@ -47,6 +47,7 @@ class Node:
     num_cpus: int
     settings: dict[str, str] = field(default_factory=dict)
     first: psutil.Process | None = None
+    _holder: subprocess.Popen[bytes] | None = None
 
     @property
     def ip(self) -> str:
@@ -58,8 +59,8 @@ class Node:
 
     def start(self) -> None:
         """Make the namespaces and start Ray in them."""
-        holder = _namespaces()
-        self.first = _first_of(holder)
+        self._holder = _namespaces()
+        self.first = _first_of(psutil.Process(self._holder.pid))
         inside, outside = f"in{self.index}", f"out{self.index}"
         sh(f"ip link del {outside} 2>/dev/null; ip link add {outside} type veth peer name {inside}")
         sh(f"ip link set {inside} netns {self.first.pid}")
@@ -103,6 +104,8 @@ class Node:
         if self.first is not None and self.first.is_running():
             self.first.kill()
             self.first.wait(30)
+        if self._holder is not None:
+            self._holder.wait(30)
         self.first = None
 
     def freeze(self) -> None:
@@ -182,9 +185,9 @@ def _make_bridge() -> None:
     sh(f"ip addr replace {NETWORK}.1/24 dev {BRIDGE}; ip link set {BRIDGE} up")
 
 
-def _namespaces() -> psutil.Process:
+def _namespaces() -> subprocess.Popen[bytes]:
     command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", REAPER]
-    return psutil.Process(subprocess.Popen(command).pid)
+    return subprocess.Popen(command)
 
 
 def _first_of(holder: psutil.Process) -> psutil.Process:
