@@ -60,9 +60,13 @@ def build(args: OmniSpec) -> serve.Application:
 def _edge() -> tuple[int, dict[str, float]]:
     """Over how many nodes router and ingress spread, and what an actor of theirs asks of Ray: nothing, unless a node
     has no CPUs, such as a head that is to run nothing which its loss would take along."""
-    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = _alive_nodes()
     for_work = [node for node in nodes if node["Resources"].get("CPU")]
     return max(len(for_work), 1), {"num_cpus": 0 if len(for_work) == len(nodes) else SOME_CPU}
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
 def deployment_name(group_id: str) -> str:
@@ -120,6 +124,5 @@ def _group_options(group: ArGroup | DitGroup, placement: Placement) -> dict[str,
 
 def _inventory() -> Inventory:
     """The nodes that the cluster has now, by their number of GPUs. What their cards hold Ray does not tell."""
-    nodes = ray.nodes() if ray.is_initialized() else []
-    alive = [(node["NodeName"], math.ceil(node["Resources"].get("GPU", 0))) for node in nodes if node["Alive"]]
+    alive = [(node["NodeName"], math.ceil(node["Resources"].get("GPU", 0))) for node in _alive_nodes()]
     return tuple(unknown_node(name, num_gpus) for name, num_gpus in alive or [("here", 0)])

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
-import io
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import av
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 
+from benchmarks.chaos.compare import same
 from tests.conftest import Server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 
 VICTIMS = ("Router", "demo-image", "Api")
 NUM_IMAGES, NUM_VIDEOS = 14, 6
-TOLERANCE = 0.5
-"""Of `difference`: jobs that share forwards with others than before differ in the last bit here and there."""
-
 RESTART_S = 30.0
 """Two processes of Ray Serve have to notice, and a new one has to start, on crowded cores."""
 
@@ -69,18 +63,6 @@ def follow(client: httpx.Client, asked: Asked, deadline: float) -> None:
     asked.data = content.content if content.status_code == 200 else b""
 
 
-def difference(one: bytes, other: bytes) -> float:
-    """Mean difference of the colour values of two images, or of the first frames of two videos."""
-    pictures = []
-    for data in (one, other):
-        if data[4:8] == b"ftyp":
-            with av.open(io.BytesIO(data)) as video:
-                pictures.append(next(video.decode(video=0)).to_ndarray(format="rgb24"))
-        else:
-            pictures.append(np.asarray(Image.open(io.BytesIO(data))))
-    return float(np.abs(pictures[0].astype(float) - pictures[1]).mean())
-
-
 def all_ids(server: Server) -> list[str]:
     ids: list[str] = []
     while True:
@@ -120,6 +102,6 @@ def test_a_killed_process_costs_no_job(server: Server, fault_free: list[Asked], 
     run_all(server, jobs, victim)
     assert [each.status for each in jobs] == ["completed"] * len(jobs)
     for made, wanted in zip(jobs, fault_free, strict=True):
-        assert difference(made.data, wanted.data) <= TOLERANCE, made
+        assert same(made.data, wanted.data), made
     assert sorted(all_ids(server)) == sorted([*before, *(each.id for each in jobs)])
     assert max(each.gap_s for each in jobs) < RESTART_S
