@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
 from omni_ray.plan.placement import place
 from omni_ray.sources import resolve_source
+from tests.ports import free_port
 
 SMALL = {"object_store_memory": 100 * 2**20, "num_cpus": 2}
 SOURCE = "demo:image"
@@ -65,10 +65,8 @@ def group_of(**parallel: int) -> DitGroup:
 
 
 def main() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cluster = Cluster(initialize_head=True, head_node_args={"redis_port": port, "include_dashboard": False, **SMALL})
+    head = {"redis_port": free_port(), "include_dashboard": False, **SMALL}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(**SMALL)
         ray.init(address=cluster.address, log_to_driver=False)

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from omni_ray import metrics
 from tests.conftest import Server
 from tests.dashboard import FILE
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -55,9 +55,7 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """The HTTP API of a Prometheus that scrapes the server."""
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "prometheus.yml").write_text(CONFIG.format(target=server.url.removeprefix("http://")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = "{}:{}".format(*probe.getsockname())
+    address = f"127.0.0.1:{free_port()}"
     command = [
         binary("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from omni_ray import __version__
@@ -27,6 +29,7 @@ from omni_ray.cli.ready import phase_of
 from omni_ray.config.load import load_file
 from omni_ray.errors import without_traceback
 from omni_ray.messages import GroupStatus, LoadProgress
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = str(ROOT / "deployments/omni.yaml")
@@ -116,6 +119,34 @@ def test_our_haproxy_is_haproxy_even_where_the_variable_names_it() -> None:
     environment = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY)}
     told = subprocess.run([HAPROXY, "-v"], env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=60)
     assert told.stdout.startswith("HAProxy version")
+
+
+def test_our_haproxy_says_that_a_request_may_be_sent_again_where_no_server_answers(tmp_path: Path) -> None:
+    ports = [free_port() for _ in range(2)]
+    config = f"""
+    defaults
+        mode http
+        timeout connect 1s
+        timeout client 5s
+        timeout server 5s
+        retries 0
+        errorfile 503 {tmp_path}/500.http
+    frontend all
+        bind 127.0.0.1:{ports[0]}
+        default_backend nobody
+    backend nobody
+        server gone 127.0.0.1:{ports[1]}
+    """
+    (tmp_path / "haproxy.cfg").write_text(textwrap.dedent(config))
+    with subprocess.Popen([HAPROXY, "-db", "-f", tmp_path / "haproxy.cfg"], stderr=subprocess.PIPE) as haproxy:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:
+                answer = client.get(f"http://127.0.0.1:{ports[0]}/")
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "unavailable"
+        finally:
+            haproxy.kill()
 
 
 def test_the_address_is_one_that_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

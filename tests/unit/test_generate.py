@@ -30,6 +30,7 @@ from starlette.routing import Route
 from omni_ray.cli import main
 from omni_ray.cli.generate import Asked, Step
 from omni_ray.cli.local import run as run_local
+from tests.ports import free_port
 
 COST = {
     "seed": 7, "steps_computed": 3, "steps_skipped": 1, "device_s": 1.5, "queue_s": 0.25, "run_s": 2.0,
@@ -266,9 +267,7 @@ def test_what_is_wrong_is_said(url: str, arguments: list[str], message: str) -> 
 
 
 def test_no_server() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     assert run("x", "--url", url).startswith(f"no server answers at {url} (")
 
 
