@@ -40,16 +40,23 @@ def arguments_of(source: str, size: int) -> tuple[Any, Arguments]:
 
 def made(kind: Any, levers: dict[str, Any], on_host: bool = False) -> tuple[Any, Accelerators]:
     """A new transformer with ``levers`` applied."""
+    transformer, device = fresh(kind), device_and_dtype()[0]
+    if on_host:
+        transformer.to("cpu")
+    pipe: Any = SimpleNamespace(
+        components={"transformer": transformer}, transformer=transformer, dtype=transformer.dtype
+    )
+    group = DitGroup.model_validate({"type": "dit", "name": "bench", "source": "x", **levers})
+    return transformer, accelerate(pipe, group, device)
+
+
+def fresh(kind: Any) -> Any:
+    """A new transformer with random weights, as diffusers makes it."""
     cls, config = kind
     device, dtype = device_and_dtype()
     torch.manual_seed(0)
     with default_dtype(dtype), torch.device(device):
-        transformer = cls.from_config(config).eval().requires_grad_(False)
-    if on_host:
-        transformer.to("cpu")
-    pipe: Any = SimpleNamespace(components={"transformer": transformer}, transformer=transformer, dtype=dtype)
-    group = DitGroup.model_validate({"type": "dit", "name": "bench", "source": "x", **levers})
-    return transformer, accelerate(pipe, group, device)
+        return cls.from_config(config).eval().requires_grad_(False)
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 10, warm_ups: int = 3) -> float:

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=20, help="seconds from one fault to the next")
     parser.add_argument("--only", default="", help="faults whose names contain this")
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=4, help="seconds that a client rests between two requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-logs", type=Path, help="where the logs of the nodes are moved to")
     args = parser.parse_args()
@@ -58,7 +59,7 @@ def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
     striker = Striker(nodes, args.seed)
     num_replicas = dict.fromkeys(("demo-chat", "demo-image", "demo-video"), args.replicas)
     wait_until_whole(striker, num_replicas)
-    traffic = Traffic(striker.addresses)
+    traffic = Traffic(striker.addresses, args.pause)
     right = traffic.reference()
     print("fault                       in flight  noticed s  whole s", flush=True)
     traffic.start()
@@ -67,14 +68,15 @@ def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
     traffic.stop()
     wait_until_whole(striker, num_replicas)
     told = summary(traffic.outcomes, right, faults, time.monotonic() - began)
+    told["nodes given up without a fault"] = striker.num_given_up
     print(json.dumps(told, indent=1))
 
 
 def strike_all(
     striker: Striker, traffic: Traffic, args: argparse.Namespace, num_replicas: dict[str, int]
 ) -> list[Fault]:
-    """One fault each ``args.every`` seconds: of those that are possible the one whose turn is longest ago, at first in an
-    order by the seed."""
+    """One fault each ``args.every`` seconds: of those that are possible the one whose turn is longest ago; at first in
+    an order by the seed."""
     names = [name for name in all_faults() if args.only in name]
     random.Random(args.seed).shuffle(names)
     faults = list[Fault]()

@@ -71,6 +71,8 @@ class Striker:
         self._cluster = cluster
         self._dice = random.Random(seed)
         self._down: dict[int, float] = {}
+        self.num_given_up = 0
+        """Nodes that Ray gave up though nobody had struck them: with too few cores, their answers come too late."""
 
     def possible(self, name: str, num_replicas: dict[str, int]) -> bool:
         """Two of each can lose one: what would strike a group that has not got over the last blow has to wait, and so
@@ -147,7 +149,11 @@ class Striker:
         return any(each["ip"] == node.ip and each["raylet"].get("state") == "ALIVE" for each in summary)
 
     def look_after(self) -> None:
-        """Start the nodes anew that have been down for a while."""
+        """Start the nodes anew that have been down for a while, whether they were struck or gave up by themselves."""
+        for node in self._cluster.nodes:
+            if node.index not in self._down and not node.is_up():
+                self._down[node.index] = time.monotonic()
+                self.num_given_up += 1
         for index, since in list(self._down.items()):
             if time.monotonic() - since > RESTART_AFTER_S:
                 node = self._cluster.nodes[index]

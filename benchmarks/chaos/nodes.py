@@ -99,6 +99,12 @@ class Node:
         """All of the node's, without its first one."""
         return self.first.children(recursive=True) if self.first and self.first.is_running() else []
 
+    def is_up(self) -> bool:
+        """Whether Ray runs on it."""
+        with contextlib.suppress(psutil.Error):
+            return any(process.name() == "raylet" for process in self.processes())
+        return True  # one of its processes has just ended
+
     def kill(self) -> None:
         """End all that runs on the node at once, as when its power fails."""
         if self.first is not None and self.first.is_running():

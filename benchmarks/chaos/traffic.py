@@ -20,9 +20,6 @@ import httpx
 
 GIVE_UP_S = 240.0
 POLL_S = 0.4
-PAUSE_S = 1.0
-"""Of a client between two requests, lest new processes get no core to start on."""
-
 VARIANTS = 4
 """Requests of a kind, each of which has one right answer."""
 
@@ -86,10 +83,12 @@ class _Again(Exception):
 
 
 class Traffic:
-    """``addresses`` gives the addresses that may be tried now."""
+    """``addresses`` gives the addresses that may be tried now. Clients rest for ``pause_s`` between two requests, lest
+    new processes get no core to start on."""
 
-    def __init__(self, addresses: Callable[[], list[str]]) -> None:
+    def __init__(self, addresses: Callable[[], list[str]], pause_s: float = 1.0) -> None:
         self._addresses = addresses
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self.outcomes: list[Outcome] = []
         self.running: set[int] = set()
@@ -129,7 +128,7 @@ class Traffic:
             if outcome.errors or outcome.answer is None:
                 print(f"{kind.name}: {outcome.errors or 'no answer'}", flush=True)
             self.running.discard(token)
-            self._stop.wait(PAUSE_S)
+            self._stop.wait(self._pause_s)
 
     def send(self, kind: Kind, variant: int) -> Outcome:
         """One request, sent until it is answered or the time is up."""

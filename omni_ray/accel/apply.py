@@ -15,6 +15,7 @@ from omni_ray.accel.cache.apply import apply_cache
 from omni_ray.accel.cache.cache_dit import CacheDit
 from omni_ray.accel.cache.teacache import TeaCache
 from omni_ray.accel.compile import apply_compile
+from omni_ray.accel.graphs import apply_cuda_graphs
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.offload import Offload, apply_offload
 from omni_ray.accel.parallel import apply_parallel, split_decode
@@ -68,6 +69,7 @@ def accelerate(
         and dist.get_backend(mesh.get_group("tensor")) == "gloo"
     )
     warnings += apply_compile(pipe, group.compile, device, sums_over_gloo=sums_over_gloo)
+    apply_cuda_graphs(pipe, group, device)
     # Cache-DiT decides for a whole batch. On a sequence axis, which tokens a rank has depends on the longest request in
     # the batch, and what was kept of them would not be theirs.
     alone = tuple(transformers_of(pipe)) if cache_dit or (teacache and shards) else ()

@@ -7,12 +7,17 @@ is kept on the node, where all replicas and every later start find it.
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import ModelHook
 
+from omni_ray.accel.hooks import register
 from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.rotary import rotate_in_real_numbers
 from omni_ray.config.spec import Compile
 from omni_ray.errors import ConfigError
 
@@ -42,13 +47,58 @@ def apply_compile(
             raise ConfigError(f"compile.mode 'regional': {reason}; give each rank a GPU, or set mode: none")
         return [f"compile auto: {reason}, so nothing is compiled"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER.expanduser()))
+    rotate_in_real_numbers()
     warnings = []
     for name, transformer in transformers_of(pipe).items():
         if getattr(transformer, "_repeated_blocks", None):
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=spec.dynamic)
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=None if spec.dynamic else False)
+            if spec.dynamic:
+                for block in _repeated_blocks(transformer):
+                    register(block, "sizes", Sizes())
             continue
         reason = f"{name} ({type(transformer).__name__}) names no repeated blocks"
         if spec.mode == "regional":
             raise ConfigError(f"compile.mode 'regional': {reason}; set mode: none")
         warnings.append(f"compile auto: {reason}, so it is not compiled")
     return warnings
+
+
+def _repeated_blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    return (part for part in transformer.modules() if type(part).__name__ in transformer._repeated_blocks)
+
+
+class Sizes(ModelHook):
+    """Tells the compiler which sizes of a block's inputs are another request's to choose: all but the channels.
+
+    With every size a variable, channels and heads among them, tracing a block takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[Hashable] = set()
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = tuple(map(_in_order, args)), {name: _in_order(value) for name, value in kwargs.items()}
+        values = (*args, *kwargs.values())
+        key = (*map(type, values), next(value.shape[0] for value in values if isinstance(value, torch.Tensor)))
+        if key not in self._seen:  # else the compiler knows
+            self._seen.add(key)
+            for value in values:
+                _mark(value)
+        return args, kwargs
+
+
+def _in_order(value: Any) -> Any:
+    """In a batch of one, the stride of the batch means nothing, and yet the compiler makes a graph for each."""
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == 1 and value.stride(0) != value.numel():
+        return value.squeeze(0).unsqueeze(0)
+    return value
+
+
+def _mark(value: Any) -> None:
+    if isinstance(value, tuple):
+        for each in value:
+            _mark(each)
+    elif isinstance(value, torch.Tensor):
+        has_channels = value.is_floating_point() or value.is_complex()
+        torch._dynamo.maybe_mark_dynamic(value, tuple(range(value.ndim - has_channels)))

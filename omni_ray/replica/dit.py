@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from ray import serve
 from ray.exceptions import RayActorError
 
-from omni_ray.config.spec import DitGroup, LiveConfig
+from omni_ray.config.live import LiveConfig
+from omni_ray.config.spec import DitGroup
 from omni_ray.errors import Unavailable
 from omni_ray.messages import Capabilities, Event, Job, LoadProgress
 from omni_ray.replica import scaling

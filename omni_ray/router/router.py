@@ -17,7 +17,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
-from omni_ray.config.spec import ArGroup, DitGroup, LiveConfig, Model, OmniSpec, Pipeline
+from omni_ray.config.live import LiveConfig
+from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
 from omni_ray.errors import ConfigError, OmniRayError
 from omni_ray.messages import Event, Failure, GroupStatus, Job, LoadProgress, Route, Snapshot
 from omni_ray.router.group import GroupDispatcher

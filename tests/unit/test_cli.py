@@ -8,9 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -85,6 +84,20 @@ def test_serve_refuses_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 HAPROXY = Path(sys.executable).with_name("omni-ray-haproxy")
+HAPROXY_CONFIG = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    retries 0
+    errorfile 503 {folder}/500.http
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend servers
+backend servers
+    server only 127.0.0.1:{server}
+"""
 
 
 @pytest.fixture
@@ -121,32 +134,48 @@ def test_our_haproxy_is_haproxy_even_where_the_variable_names_it() -> None:
     assert told.stdout.startswith("HAProxy version")
 
 
-def test_our_haproxy_says_that_a_request_may_be_sent_again_where_no_server_answers(tmp_path: Path) -> None:
-    ports = [free_port() for _ in range(2)]
-    config = f"""
-    defaults
-        mode http
-        timeout connect 1s
-        timeout client 5s
-        timeout server 5s
-        retries 0
-        errorfile 503 {tmp_path}/500.http
-    frontend all
-        bind 127.0.0.1:{ports[0]}
-        default_backend nobody
-    backend nobody
-        server gone 127.0.0.1:{ports[1]}
-    """
-    (tmp_path / "haproxy.cfg").write_text(textwrap.dedent(config))
-    with subprocess.Popen([HAPROXY, "-db", "-f", tmp_path / "haproxy.cfg"], stderr=subprocess.PIPE) as haproxy:
-        try:
-            with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:
-                answer = client.get(f"http://127.0.0.1:{ports[0]}/")
-            assert answer.status_code == 503
-            assert answer.headers["retry-after"] == "1"
-            assert answer.json()["error"]["code"] == "unavailable"
-        finally:
-            haproxy.kill()
+@pytest.fixture
+def haproxy(tmp_path: Path) -> Iterator[Callable[[int], httpx.Response]]:
+    """Ours, with one server on a port that is given; returns what a client gets."""
+    started = []
+
+    def ask(server: int) -> httpx.Response:
+        port = free_port()
+        (tmp_path / "haproxy.cfg").write_text(HAPROXY_CONFIG.format(folder=tmp_path, port=port, server=server))
+        started.append(subprocess.Popen([HAPROXY, "-db", "-f", tmp_path / "haproxy.cfg"]))
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:
+            return client.get(f"http://127.0.0.1:{port}/")
+
+    yield ask
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_our_haproxy_says_that_a_request_may_be_sent_again(haproxy: Callable[[int], httpx.Response]) -> None:
+    answer = haproxy(free_port())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "unavailable"
+
+
+@pytest.mark.parametrize(("media_type", "status"), [("text/plain", 503), ("application/json", 500)])
+def test_our_haproxy_tells_serves_failures_from_our_own(
+    media_type: str, status: int, haproxy: Callable[[int], httpx.Response]
+) -> None:
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(500)
+            self.send_header("Content-Type", media_type)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert haproxy(server.server_port).status_code == status
+        server.shutdown()
 
 
 def test_the_address_is_one_that_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from diffusers import attention_backend
 
 from omni_ray.accel.attention import apply_attention
 from omni_ray.accel.compile import apply_compile, is_compiled
-from omni_ray.config.spec import Attention, Batching, Compile
+from omni_ray.accel.graphs import apply_cuda_graphs
+from omni_ray.config.spec import Attention, Batching, Compile, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
 from tests.lanes import run_lanes
@@ -69,6 +71,39 @@ def test_what_cannot_be_compiled_is_said(tiny_folder: Any, monkeypatch: pytest.M
     assert warning.startswith("compile auto: transformer (FluxTransformer2DModel) names no repeated blocks")
     with pytest.raises(ConfigError, match="set mode: none"):
         apply_compile(pipe, Compile(mode="regional"), CPU)
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("flux", 2), ("qwen_image", 1), ("z_image", 4), ("wan", 1)])
+def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
+    family: str, kinds: int, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    pipe = load(tiny_folder(family))
+    traced_only = functools.partial(pipe.transformer.compile_repeated_blocks, backend="eager")
+    monkeypatch.setattr(pipe.transformer, "compile_repeated_blocks", traced_only, raising=False)
+    if hasattr(pipe, "transformer_2"):
+        monkeypatch.setattr(pipe.transformer_2, "compile_repeated_blocks", lambda **_: None)
+    apply_compile(pipe, Compile(mode="regional"), CPU)
+    one_by_one = Batching(max_num_batched_tokens=1)
+    run_lanes(EngineLoop(pipe, one_by_one), jobs_of(family)[:3], monkeypatch)
+    assert counters["unique_graphs"] == kinds
+
+
+def test_cuda_graphs_are_of_gpus_and_of_work_that_never_changes(tiny_folder: Any) -> None:
+    fields: dict[str, Any] = {"type": "dit", "name": "m", "source": "x"}
+    asked = {"cuda_graphs": True}
+    with pytest.raises(ConfigError, match=r"compile.cuda_graphs: needs a GPU, and the device is cpu"):
+        apply_cuda_graphs(load(tiny_folder("flux")), DitGroup.model_validate(fields | {"compile": asked}), CPU)
+    for other, key in (
+        ({"cache": {"kind": "teacache"}}, "cache.kind"),
+        ({"offload": {"kind": "model"}}, "offload.kind"),
+        ({"parallel": {"ulysses": 2}}, "parallel"),
+    ):
+        assert DitGroup.model_validate(fields | other).against_cuda_graphs == key
+        with pytest.raises(ValueError, match=f"cannot go with {key}; remove one of them"):
+            DitGroup.model_validate(fields | other | {"compile": asked})
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ import torch
 from diffusers.hooks.tensor_parallel import _local_shard, resolve_tp_shard_specs
 from torch.distributed.device_mesh import DeviceMesh
 
+from omni_ray.accel.fp8 import product
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.accel.parallel.paths import expand
 from omni_ray.config.catalog import TensorPlan
@@ -25,7 +26,7 @@ class RowwiseLinear(torch.nn.Linear):
     ranks: Ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.ranks.sum(torch.nn.functional.linear(x, self.weight))
+        out = self.ranks.sum(product(self, x))
         return out if self.bias is None else out + self.bias
 
 
@@ -35,7 +36,7 @@ class GatheredLinear(torch.nn.Linear):
     ranks: Ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ranks.gather(super().forward(x), -1)
+        return self.ranks.gather(product(self, x, self.bias), -1)
 
 
 class ShardedRMSNorm(torch.nn.RMSNorm):
