@@ -67,7 +67,7 @@ def _repeated_blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (part for part in transformer.modules() if type(part).__name__ in transformer._repeated_blocks)
 
 
-class Sizes(ModelHook):
+class Sizes(ModelHook):  # type: ignore[misc]
     """Tells the compiler which sizes of a block's inputs are another request's to choose: all but the channels.
 
     With every size a variable, channels and heads among them, tracing a block takes several times as long.

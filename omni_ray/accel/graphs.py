@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import ModelHook
 from torch.utils import _pytree as pytree
 
-from omni_ray.accel.compile import is_compiled
 from omni_ray.accel.hooks import register
 from omni_ray.accel.modules import transformers_of
 from omni_ray.config.spec import DitGroup
@@ -34,12 +33,12 @@ def apply_cuda_graphs(pipe: DiffusionPipeline, group: DitGroup, device: torch.de
 
     Raises ConfigError where the group asks for it and the device is no GPU.
     """
-    asked = group.compile.cuda_graphs
-    if asked and device.type != "cuda":
+    is_asked = bool(group.compile.cuda_graphs)
+    if is_asked and device.type != "cuda":
         raise ConfigError(f"compile.cuda_graphs: needs a GPU, and the device is {device.type}; set it to null")
-    if asked or (asked is None and is_compiled(group.compile, device) and not group.against_cuda_graphs):
+    if group.records_on_gpus and device.type == "cuda":
         for transformer in transformers_of(pipe).values():
-            register(transformer, "cuda_graphs", CudaGraphs(is_asked=bool(asked)))
+            register(transformer, "cuda_graphs", CudaGraphs(is_asked=is_asked))
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Recorded:
         return pytree.tree_unflatten(answers, self.structure)
 
 
-class CudaGraphs(ModelHook):
+class CudaGraphs(ModelHook):  # type: ignore[misc]
     """The first forward of a shape runs as ever (and is compiled), the second is recorded, all later ones replay it.
 
     All graphs of a transformer use the same memory for what lies between inputs and outputs: one runs at a time. A

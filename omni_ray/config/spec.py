@@ -254,6 +254,12 @@ class DitGroup(Group):
             return "cache.kind" if self.cache.kind != "none" else "offload.kind"
         return "parallel" if self.parallel.num_ranks > 1 else ""
 
+    @property
+    def records_on_gpus(self) -> bool:
+        """Whether CUDA graphs are made where there is a GPU."""
+        asked = self.compile.cuda_graphs
+        return asked if asked is not None else self.compile.mode != "none" and not self.against_cuda_graphs
+
     @model_validator(mode="after")
     def _recordings_do_the_same(self) -> Self:
         if self.compile.cuda_graphs and self.against_cuda_graphs:

@@ -85,7 +85,7 @@ def dit_memory(group: DitGroup, parts: tuple[Part, ...], request: Request, budge
     width = WIDTHS[group.dtype] if group.dtype != "auto" else 2 if on_gpu else 4
     weights = weights_of(group, parts, width)
     items = _weight_items(group, weights)
-    items.append(Item("activations", _dit_activations(group, parts, request, width) / GIB))
+    items.append(Item("activations", _dit_activations(group, parts, request, width, on_gpu) / GIB))
     items.append(Item("workspace", _workspace(group.parallel.num_ranks, on_gpu)))
     return Memory(tuple(items), budget_gib, host_gib=sum(each.offloaded for each in weights) / GIB)
 
@@ -106,12 +106,15 @@ def _weight_items(group: DitGroup, weights: tuple[Weights, ...]) -> list[Item]:
     return items
 
 
-def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request, width: int) -> float:
-    """Bytes of the largest moment: a joined forward of a transformer, or the decode of one image."""
+def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request, width: int, on_gpu: bool) -> float:
+    """Bytes of the largest moment: a joined forward of a transformer, or the decode of one image. Recorded forwards
+    keep theirs beside the decode."""
     vaes = [part.model for part in parts if isinstance(part.model, Autoencoder)]
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
     forwards = [forward_bytes(group, model, request, width) for model in models]
     decodes = [decode_bytes(vae, request, width) / decode_ranks(group, vae) for vae in vaes]
+    if on_gpu and group.records_on_gpus:
+        return sum(forwards) + max([0.0, *decodes])
     return max([0.0, *forwards, *decodes])
 
 

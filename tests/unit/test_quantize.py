@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from omni_ray.accel import fp8
 from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.offload import apply_offload
 from omni_ray.accel.offload.packed import num_bytes
+from omni_ray.accel.parallel.tensor import RowwiseLinear
 from omni_ray.accel.quantize import apply_quantization
 from omni_ray.config.spec import Batching, DitGroup, DitOffload, DitQuantization
 from omni_ray.engine.loop import EngineLoop
@@ -40,6 +43,32 @@ def test_int8_draws_nearly_the_same(
     made, _ = run_lanes(loop, jobs, monkeypatch)
     errors = [float(np.abs(made[job.id] - wanted[job.id]).max()) for job in jobs]
     assert 0 < max(errors) < 0.05
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp8_is_a_byte_a_weight_and_near(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    x[0, 0], x[1] = 0, 1000 * x[1]
+    wanted = linear(x).float()
+    fp8.convert(linear)
+    assert linear.weight.dtype.itemsize == 1
+    made = linear(x)
+    assert made.dtype == torch.bfloat16
+    errors = (made.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)
+    assert 0 < errors.max() < 0.06
+
+
+def test_fp8_goes_with_linears_whose_outputs_are_summed() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    wanted = linear(x).float()
+    linear.__class__, linear.ranks = RowwiseLinear, SimpleNamespace(sum=lambda part: part)
+    fp8.convert(linear)
+    assert type(linear) is RowwiseLinear
+    assert (linear(x).float() - wanted).norm() < 0.06 * wanted.norm()
 
 
 def test_layers_of_blocks_and_no_others(tiny_folder: Any) -> None:
