@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.__main__ import wait_until_whole
 from benchmarks.chaos.deployment import CHAT_ENGINE, write
 from benchmarks.chaos.faults import Striker
 from benchmarks.chaos.nodes import Cluster, cluster
@@ -46,7 +45,7 @@ def main() -> None:
 def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
     striker = Striker(nodes, seed=0)
     nodes.deploy(write(folder / "omni.yaml", folder / "jobs"))
-    wait_until_whole(striker, NUM_REPLICAS)
+    striker.wait_until_whole(NUM_REPLICAS)
     traffic = Traffic(striker.addresses)
     traffic.start()
     changed: dict[str, dict[str, Any]] = {}
@@ -56,7 +55,7 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
         began, before = time.monotonic(), len(traffic.outcomes)
         nodes.deploy(write(folder / "omni.yaml", folder / "jobs", change=changed))
         time.sleep(2)
-        wait_until_whole(striker, NUM_REPLICAS)
+        striker.wait_until_whole(NUM_REPLICAS)
         seconds = time.monotonic() - began
         print(
             f"{title}: rolled through in {seconds:.0f} s, {len(traffic.outcomes) - before} requests meanwhile",

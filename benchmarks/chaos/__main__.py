@@ -19,15 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-
 from benchmarks.chaos.compare import same
 from benchmarks.chaos.deployment import write
 from benchmarks.chaos.faults import Fault, Striker, all_faults
 from benchmarks.chaos.nodes import FAST_NODE_CHECKS, Cluster, cluster
 from benchmarks.chaos.traffic import Outcome, Traffic
-
-START_S = 600.0
 
 
 def main() -> None:
@@ -58,7 +54,7 @@ def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
     nodes.deploy(write(folder / "omni.yaml", folder / "jobs", args.replicas))
     striker = Striker(nodes, args.seed)
     num_replicas = dict.fromkeys(("demo-chat", "demo-image", "demo-video"), args.replicas)
-    wait_until_whole(striker, num_replicas)
+    striker.wait_until_whole(num_replicas)
     traffic = Traffic(striker.addresses, args.pause)
     right = traffic.reference()
     print("fault                       in flight  noticed s  whole s", flush=True)
@@ -66,7 +62,7 @@ def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
     began = time.monotonic()
     faults = strike_all(striker, traffic, args, num_replicas)
     traffic.stop()
-    wait_until_whole(striker, num_replicas)
+    striker.wait_until_whole(num_replicas)
     told = summary(traffic.outcomes, right, faults, time.monotonic() - began)
     told["nodes given up without a fault"] = striker.num_given_up
     print(json.dumps(told, indent=1))
@@ -161,22 +157,6 @@ def summary(
             for name in sorted({each.kind.name for each in outcomes})
         },
     }
-
-
-def wait_until_whole(striker: Striker, num_replicas: dict[str, int]) -> None:
-    deadline = time.monotonic() + START_S
-    while not striker.is_whole(num_replicas):
-        if time.monotonic() > deadline:
-            raise SystemExit(f"not all replicas run after {START_S:.0f} s: {_told(striker)}")
-        striker.look_after()
-        time.sleep(0.5)
-
-
-def _told(striker: Striker) -> str:
-    try:
-        return httpx.get(f"{striker.addresses()[0]}/ready", timeout=5, trust_env=False).text
-    except (httpx.HTTPError, IndexError) as error:
-        return str(error)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from benchmarks.chaos.nodes import Cluster, Node
 RESTART_AFTER_S = 8.0
 """A machine that failed is back after this, as a pod that Kubernetes starts anew would be."""
 
+START_S = 600.0
+"""So long replicas may take to be there, all of them."""
+
 SERVE_KNOWS_S = 5.0
 """Until then Ray Serve may count what is gone as running."""
 
@@ -170,6 +173,21 @@ class Striker:
         if self._down:
             return False
         return self._running() == num_replicas
+
+    def wait_until_whole(self, num_replicas: dict[str, int]) -> None:
+        """:raises SystemExit: it takes too long."""
+        deadline = time.monotonic() + START_S
+        while not self.is_whole(num_replicas):
+            if time.monotonic() > deadline:
+                raise SystemExit(f"not all replicas run after {START_S:.0f} s: {self._told()}")
+            self.look_after()
+            time.sleep(0.5)
+
+    def _told(self) -> str:
+        try:
+            return httpx.get(f"{self.addresses()[0]}/ready", timeout=5, trust_env=False).text
+        except (httpx.HTTPError, IndexError) as error:
+            return str(error)
 
     def _running(self) -> dict[str, int]:
         """Replicas that run, by group, as the server tells it; groups with others that start or stop are left out."""

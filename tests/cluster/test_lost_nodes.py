@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.__main__ import wait_until_whole
 from benchmarks.chaos.compare import same
 from benchmarks.chaos.deployment import write
 from benchmarks.chaos.faults import Striker
@@ -37,7 +36,7 @@ def striker() -> Iterator[Striker]:
     with cluster(folder, num_workers=2, settings=FAST_NODE_CHECKS) as nodes:
         nodes.deploy(write(folder / "omni.yaml", folder / "jobs", replicas=1))
         striker = Striker(nodes, seed=0)
-        wait_until_whole(striker, NUM_REPLICAS)
+        striker.wait_until_whole(NUM_REPLICAS)
         yield striker
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -49,7 +48,7 @@ def right(striker: Striker) -> dict[tuple[str, int], bytes]:
 
 @pytest.mark.parametrize("worker", [1, 2])
 def test_no_job_is_lost(striker: Striker, right: dict[tuple[str, int], bytes], worker: int) -> None:
-    wait_until_whole(striker, NUM_REPLICAS)
+    striker.wait_until_whole(NUM_REPLICAS)
     traffic = Traffic(striker.addresses)
 
     def send(number: int) -> tuple[Kind, int, Outcome]:
