@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -93,11 +94,14 @@ def strike_all(
         fault.in_flight = in_flight
         faults.append(fault)
     watcher.finish()
+    for fault in faults:
+        if fault.whole is None:
+            print(line(fault), flush=True)
     return faults
 
 
 class Watcher(threading.Thread):
-    """Starts nodes anew, and notes when all is whole again after each fault."""
+    """Starts nodes anew, and notes when what each fault struck is whole again."""
 
     def __init__(self, striker: Striker, faults: list[Fault], num_replicas: dict[str, int]) -> None:
         super().__init__(daemon=True)
@@ -109,10 +113,11 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         while not self._ends.wait(0.5):
             self._striker.look_after()
-            waiting = [fault for fault in self._faults if fault.is_seen_through and fault.whole is None]
-            looked = time.monotonic()
-            if waiting and self._striker.is_whole(self._num_replicas):
-                for fault in waiting:
+            for fault in self._faults:
+                looked = time.monotonic()
+                if not fault.is_seen_through or fault.whole is not None:
+                    continue
+                if self._striker.has_got_over(fault.name, self._num_replicas):
                     fault.whole = looked
                     print(line(fault), flush=True)
 
@@ -132,6 +137,24 @@ def line(fault: Fault) -> str:
     return f"{fault.name:<27} {fault.in_flight:>9} {after(fault.noticed):>10} {after(fault.whole):>8}"
 
 
+def seconds_of(faults: Sequence[Fault]) -> dict[str, str]:
+    """By fault: how often, and the median and the longest time until it was noticed, and until all was whole."""
+    told = {}
+    for name in sorted({fault.name for fault in faults}):
+        of_kind = [fault for fault in faults if fault.name == name]
+        moments = {
+            "noticed": [fault.noticed - fault.at for fault in of_kind if fault.noticed is not None],
+            "whole": [fault.whole - fault.at for fault in of_kind if fault.whole is not None],
+        }
+        words = [
+            f"{what} {statistics.median(times):.1f} (longest {max(times):.1f})"
+            for what, times in moments.items()
+            if times
+        ]
+        told[name] = ", ".join([f"{len(of_kind)} times", *words])
+    return told
+
+
 def summary(
     outcomes: Sequence[Outcome], right: dict[tuple[str, int], bytes], faults: Sequence[Fault], seconds: float
 ) -> dict[str, object]:
@@ -142,7 +165,7 @@ def summary(
     jobs = [each.job_id for each in answered if each.job_id]
     return {
         "seconds": round(seconds),
-        "faults": len(faults),
+        "faults": seconds_of(faults),
         "requests": dict(Counter(each.kind.name for each in outcomes)),
         "unanswered": len(outcomes) - len(answered),
         "errors": dict(errors),

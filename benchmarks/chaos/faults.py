@@ -55,7 +55,7 @@ class Fault:
     one is started in its place."""
 
     whole: float | None = None
-    """When as many replicas ran again as before, and every node."""
+    """When the struck group had as many replicas as before; of a node, every group."""
 
     is_seen_through: bool = False
     """Whether ``noticed`` is final, and Ray Serve knows too."""
@@ -82,8 +82,7 @@ class Striker:
         has what takes a node away while one of all is missing."""
         if name in NODE_FAULTS:
             return self.is_whole(num_replicas)
-        running = self._running()
-        return all(running.get(group) == num_replicas[group] for group in GROUPS.get(name.rpartition(" ")[0], ()))
+        return self._are_full(name, self._running(), num_replicas)
 
     def strike(self, name: str) -> Fault:
         """:raises LookupError: there is nothing of the kind now."""
@@ -173,6 +172,18 @@ class Striker:
         if self._down:
             return False
         return self._running() == num_replicas
+
+    def has_got_over(self, name: str, num_replicas: dict[str, int]) -> bool:
+        """Whether the groups that this fault strikes have all replicas again (of a node: all groups, and the node); of
+        what is in no group, whether the server answers."""
+        if name in NODE_FAULTS:
+            return self.is_whole(num_replicas)
+        running = self._running()
+        return bool(running) and self._are_full(name, running, num_replicas)
+
+    @staticmethod
+    def _are_full(name: str, running: dict[str, int], num_replicas: dict[str, int]) -> bool:
+        return all(running.get(group) == num_replicas[group] for group in GROUPS.get(name.rpartition(" ")[0], ()))
 
     def wait_until_whole(self, num_replicas: dict[str, int]) -> None:
         """:raises SystemExit: it takes too long."""
