@@ -10,8 +10,7 @@ serve: setup    # serve a YAML file; another one: make serve FILE=deployments/ot
 	$(BIN)/omni-ray serve $(FILE)
 
 test: setup     # all tests; some of them: make test ARGS="tests/unit -k router"
-	@scripts/prometheus
-	@scripts/redis
+	@scripts/servers
 	$(BIN)/pytest $(ARGS)
 
 check: setup    # style, types, import rules, shape

@@ -169,7 +169,7 @@ def _redis(log: IO[str]) -> Iterator[None]:
 
 
 def has_redis() -> bool:
-    """Whether Redis is installed, or was unpacked by `scripts/redis`."""
+    """Whether Redis is installed, or was unpacked by `scripts/servers`."""
     try:
         ran = subprocess.run([_redis_server(), "--version"], capture_output=True, env=_redis_environment())
     except OSError:

@@ -31,7 +31,7 @@ def striker() -> Iterator[Striker]:
     if {name for _, name in socket.if_nameindex()} != {"lo"}:
         pytest.skip("needs a network namespace of its own, as .ci/run makes one")
     if not has_redis():
-        pytest.skip("needs Redis: scripts/redis")
+        pytest.skip("needs Redis: scripts/servers")
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/var/tmp"))  # every node has a /tmp of its own
     with cluster(folder, num_workers=2, settings=FAST_NODE_CHECKS) as nodes:
         nodes.deploy(write(folder / "omni.yaml", folder / "jobs", replicas=1))

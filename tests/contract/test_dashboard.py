@@ -46,7 +46,7 @@ def binary(name: str) -> str:
     path = os.pathsep.join([os.environ["PATH"], str(Path(sys.prefix) / "prometheus/usr/bin")])
     found = shutil.which(name, path=path)
     if found is None:
-        pytest.skip(f"there is no {name}: run scripts/prometheus, or sudo apt install prometheus")
+        pytest.skip(f"there is no {name}: run scripts/servers, or sudo apt install prometheus")
     return found
 
 
