@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import psutil
 
-from benchmarks.chaos.nodes import Cluster, Node
+from benchmarks.chaos.nodes import DASHBOARD_PORT, Cluster, Node
+from benchmarks.chaos.ray_state import RayState
 
 RESTART_AFTER_S = 8.0
 """A machine that failed is back after this, as a pod that Kubernetes starts anew would be."""
@@ -51,8 +53,8 @@ class Fault:
     name: str
     at: float = field(default_factory=time.monotonic)
     noticed: float | None = None
-    """When the process was ended, or the node given up, by the server itself; a killed process is noticed when another
-    one is started in its place."""
+    """When a frozen process was ended, or a node given up, by the server itself; when Ray counted a killed process as
+    dead, or ended the replica of a killed engine."""
 
     whole: float | None = None
     """When the struck group had as many replicas as before; of a node, every group."""
@@ -72,6 +74,7 @@ class Striker:
 
     def __init__(self, cluster: Cluster, seed: int) -> None:
         self._cluster = cluster
+        self._ray = RayState(f"http://{cluster.nodes[0].ip}:{DASHBOARD_PORT}")
         self._dice = random.Random(seed)
         self._down: dict[int, float] = {}
         self.num_given_up = 0
@@ -85,19 +88,25 @@ class Striker:
         return self._are_full(name, self._running(), num_replicas)
 
     def strike(self, name: str) -> Fault:
-        """:raises LookupError: there is nothing of the kind now."""
+        """:raises LookupError: there is nothing of the kind now, or Ray does not answer."""
         if name in NODE_FAULTS:
             return self._strike_node(name)
         process, _, blow = name.rpartition(" ")
         found = self._find(PROCESSES[process])
         if not found:
             raise LookupError(f"no {process} now")
-        victim = self._dice.choice(found)
+        node, victim = self._dice.choice(found)
+        try:
+            node_id, pid, parent = self._ray.node_id(node.ip), _pid_in_node(victim), victim.parent() or victim
+        except (httpx.HTTPError, OSError) as error:
+            raise LookupError(f"{name}: {error}") from error
         fault = Fault(name)
         victim.send_signal(BLOWS[blow])
         if blow == "frozen":
             return _notice(fault, lambda: _end_of(victim))
-        return _notice(fault, lambda: self._successor(PROCESSES[process], set(found)))
+        if process == "chat engine":
+            return _notice(fault, lambda: _end_of(parent))
+        return _notice(fault, lambda: _when(lambda: self._ray.has_given_up_actor(node_id, pid)))
 
     def _strike_node(self, name: str) -> Fault:
         who, _, how = name.partition(" ")
@@ -109,46 +118,19 @@ class Striker:
         self._down[index] = time.monotonic()
         fault = Fault(f"{'worker' if index else 'head'} {how}")
         {"killed": node.kill, "frozen": node.freeze, "cut off": node.cut_off}[how]()
-        return _notice(fault, lambda: self._given_up(node))
+        # Nobody keeps count of the head.
+        return _notice(fault, lambda: _when(lambda: self._ray.has_given_up_node(node.ip)) if index else None)
 
-    def _find(self, title: str) -> list[psutil.Process]:
+    def _find(self, title: str) -> list[tuple[Node, psutil.Process]]:
         found = []
         for node in self._cluster.nodes:
             for process in node.processes():
                 try:
                     if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_STOPPED:
-                        found.append(process)
+                        found.append((node, process))
                 except psutil.Error:
                     continue
         return found
-
-    def _successor(self, title: str, before: set[psutil.Process]) -> float | None:
-        """When a process of this title is there that was not."""
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline:
-            if set(self._find(title)) - before:
-                return time.monotonic()
-            time.sleep(0.1)
-        return None
-
-    def _given_up(self, node: Node) -> float | None:
-        """When Ray's control store counts the node as dead; of the head nobody keeps count."""
-        if node.index == 0:
-            return None
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline:
-            if not self._is_alive(node):
-                return time.monotonic()
-            time.sleep(0.1)
-        return None
-
-    def _is_alive(self, node: Node) -> bool:
-        url = f"http://{self._cluster.nodes[0].ip}:8265/nodes?view=summary"
-        try:
-            summary = httpx.get(url, timeout=2, trust_env=False).json()["data"]["summary"]
-        except (httpx.HTTPError, KeyError):
-            return True
-        return any(each["ip"] == node.ip and each["raylet"].get("state") == "ALIVE" for each in summary)
 
     def look_after(self) -> None:
         """Start the nodes anew that have been down for a while, whether they were struck or gave up by themselves."""
@@ -221,6 +203,24 @@ def _notice(fault: Fault, wait: Callable[[], float | None]) -> Fault:
 
     threading.Thread(target=see, daemon=True).start()
     return fault
+
+
+def _pid_in_node(process: psutil.Process) -> int:
+    """The number that the process has in its node's namespace."""
+    (line,) = [
+        line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("NSpid:")
+    ]
+    return int(line.split()[-1])
+
+
+def _when(is_so: Callable[[], bool], timeout_s: float = 15) -> float | None:
+    """When it was asked for the first time that it is so."""
+    deadline = time.monotonic() + timeout_s
+    while (asked := time.monotonic()) < deadline:
+        if is_so():
+            return asked
+        time.sleep(0.1)
+    return None
 
 
 def _end_of(process: psutil.Process) -> float | None:
