@@ -48,6 +48,13 @@ def test_a_part_of_the_blocks_streams_while_the_others_compute() -> None:
     assert gib(plain)["transformer"] - gib(some)["transformer"] == pytest.approx(6 - 2 * 38 / 60, abs=0.2)
 
 
+def test_recorded_forwards_keep_their_activations_beside_the_decode() -> None:
+    recorded, plain = need(QWEN), need(QWEN, compile={"cuda_graphs": False})
+    assert 1.2 < gib(recorded)["activations"] / gib(plain)["activations"] < 2
+    eager = need(QWEN, compile={"mode": "none"})
+    assert gib(eager)["activations"] == gib(plain)["activations"]
+
+
 def test_one_expert_at_a_time() -> None:
     plain, exclusive = need(WAN), need(WAN, offload={"kind": "sequential"})
     name = "one of text_encoder, transformer, transformer_2"
