@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.chaos.compare import same
-from benchmarks.chaos.deployment import write
+from benchmarks.chaos.deployment import NAMES, write
 from benchmarks.chaos.faults import Fault, Striker, all_faults
 from benchmarks.chaos.nodes import FAST_NODE_CHECKS, Cluster, cluster
 from benchmarks.chaos.traffic import Outcome, Traffic
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=20, help="seconds from one fault to the next")
     parser.add_argument("--only", default="", help="faults whose names contain this")
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--pause", type=float, default=4, help="seconds that a client rests between two requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-logs", type=Path, help="where the logs of the nodes are moved to")
@@ -52,11 +53,11 @@ def _sockets(folder: str, names: list[str]) -> list[str]:
 
 
 def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
-    nodes.deploy(write(folder / "omni.yaml", folder / "jobs", args.replicas))
+    nodes.deploy(write(folder / "omni.yaml", folder / "jobs", args.replicas, names=args.models))
     striker = Striker(nodes, args.seed)
-    num_replicas = dict.fromkeys(("demo-chat", "demo-image", "demo-video"), args.replicas)
+    num_replicas = dict.fromkeys(args.models, args.replicas)
     striker.wait_until_whole(num_replicas)
-    traffic = Traffic(striker.addresses, args.pause)
+    traffic = Traffic(striker.addresses, args.pause, args.models)
     right = traffic.reference()
     print("fault                       in flight  noticed s  whole s", flush=True)
     traffic.start()
@@ -74,7 +75,7 @@ def strike_all(
 ) -> list[Fault]:
     """One fault each ``args.every`` seconds: of those that are possible the one whose turn is longest ago; at first in
     an order by the seed."""
-    names = [name for name in all_faults() if args.only in name]
+    names = [name for name in all_faults(args.models) if args.only in name]
     random.Random(args.seed).shuffle(names)
     faults = list[Fault]()
     watcher = Watcher(striker, faults, num_replicas)

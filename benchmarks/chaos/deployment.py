@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import yaml
 CHAT_ENGINE = {"max_model_len": 2048, "enforce_eager": True}
 
 
-def write(file: Path, jobs: Path, replicas: int = 2, change: dict[str, dict[str, Any]] | None = None) -> Path:
+NAMES = ("demo-chat", "demo-image", "demo-video")
+
+
+def write(
+    file: Path,
+    jobs: Path,
+    replicas: int = 2,
+    change: dict[str, dict[str, Any]] | None = None,
+    names: Sequence[str] = NAMES,
+) -> Path:
     """Write the Ray Serve file. ``jobs`` is the folder of the store that all nodes share, ``change`` what differs, by
     model."""
     common: dict[str, Any] = {"num_replicas": replicas}
@@ -19,7 +29,7 @@ def write(file: Path, jobs: Path, replicas: int = 2, change: dict[str, dict[str,
         {"name": "demo-image", "type": "dit", "source": "demo:image"} | common,
         {"name": "demo-video", "type": "dit", "source": "demo:video"} | common,
     ]
-    models = [model | (change or {}).get(model["name"], {}) for model in models]
+    models = [model | (change or {}).get(model["name"], {}) for model in models if model["name"] in names]
     spec = {"models": models, "jobs": {"folder": str(jobs)}, "api": {"num_replicas": 2}}
     application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": spec}
     config = {"http_options": {"host": "0.0.0.0", "port": 8000}, "applications": [application]}

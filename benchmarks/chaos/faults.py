@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,8 @@ GROUPS = {
 """Which groups a fault strikes, or one of them."""
 
 NODE_FAULTS = ("worker killed", "worker frozen", "worker cut off", "head killed")
+CONTROLLER_FAULTS = ("controller killed", "controller frozen")
+"""A controller that starts anew ends the replicas that are still loading, so that these have to begin again."""
 
 
 @dataclass
@@ -65,8 +67,10 @@ class Fault:
     in_flight: int = 0
 
 
-def all_faults() -> list[str]:
-    return [f"{process} {blow}" for process in PROCESSES for blow in BLOWS] + list(NODE_FAULTS)
+def all_faults(models: Sequence[str]) -> list[str]:
+    """What can be struck where these models are served."""
+    processes = [name for name in PROCESSES if set(GROUPS.get(name, models)) & set(models)]
+    return [f"{process} {blow}" for process in processes for blow in BLOWS] + list(NODE_FAULTS)
 
 
 class Striker:
@@ -82,10 +86,10 @@ class Striker:
 
     def possible(self, name: str, num_replicas: dict[str, int]) -> bool:
         """Two of each can lose one: what would strike a group that has not got over the last blow has to wait, and so
-        has what takes a node away while one of all is missing."""
-        if name in NODE_FAULTS:
+        has what takes a node or the controller away while one of all is missing."""
+        if name in NODE_FAULTS + CONTROLLER_FAULTS:
             return self.is_whole(num_replicas)
-        return self._are_full(name, self._running(), num_replicas)
+        return self._are_full(name, self._running() or {}, num_replicas)
 
     def strike(self, name: str) -> Fault:
         """:raises LookupError: there is nothing of the kind now, or Ray does not answer."""
@@ -161,11 +165,12 @@ class Striker:
         if name in NODE_FAULTS:
             return self.is_whole(num_replicas)
         running = self._running()
-        return bool(running) and self._are_full(name, running, num_replicas)
+        return running is not None and self._are_full(name, running, num_replicas)
 
     @staticmethod
     def _are_full(name: str, running: dict[str, int], num_replicas: dict[str, int]) -> bool:
-        return all(running.get(group) == num_replicas[group] for group in GROUPS.get(name.rpartition(" ")[0], ()))
+        groups = set(GROUPS.get(name.rpartition(" ")[0], ())) & num_replicas.keys()
+        return all(running.get(group) == num_replicas[group] for group in groups)
 
     def wait_until_whole(self, num_replicas: dict[str, int]) -> None:
         """:raises SystemExit: it takes too long."""
@@ -182,15 +187,16 @@ class Striker:
         except (httpx.HTTPError, IndexError) as error:
             return str(error)
 
-    def _running(self) -> dict[str, int]:
-        """Replicas that run, by group, as the server tells it; groups with others that start or stop are left out."""
+    def _running(self) -> dict[str, int] | None:
+        """Replicas that run, by group, as the server tells it; groups with others that start or stop are left out.
+        None where it does not answer."""
         for address in self.addresses():
             try:
                 groups = httpx.get(f"{address}/ready", timeout=3, trust_env=False).json()["groups"]
             except (httpx.HTTPError, ValueError, KeyError):
                 continue
             return {g["group"]: g["replicas"]["RUNNING"] for g in groups if g["replicas"].keys() == {"RUNNING"}}
-        return {}
+        return None
 
 
 def _notice(fault: Fault, wait: Callable[[], float | None]) -> Fault:

@@ -12,11 +12,13 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from benchmarks.chaos.deployment import NAMES
 
 GIVE_UP_S = 240.0
 POLL_S = 0.4
@@ -86,8 +88,9 @@ class Traffic:
     """``addresses`` gives the addresses that may be tried now. Clients rest for ``pause_s`` between two requests, lest
     new processes get no core to start on."""
 
-    def __init__(self, addresses: Callable[[], list[str]], pause_s: float = 1.0) -> None:
+    def __init__(self, addresses: Callable[[], list[str]], pause_s: float = 1.0, models: Sequence[str] = NAMES) -> None:
         self._addresses = addresses
+        self._kinds = [kind for kind in KINDS if kind.body(0)["model"] in models]
         self._pause_s = pause_s
         self._stop = threading.Event()
         self.outcomes: list[Outcome] = []
@@ -97,7 +100,7 @@ class Traffic:
     def reference(self) -> dict[tuple[str, int], bytes]:
         """The right answer of every request, by kind and variant."""
         answers = {}
-        for kind in KINDS:
+        for kind in self._kinds:
             for variant in range(VARIANTS):
                 outcome = self.send(kind, variant)
                 assert outcome.answer is not None, outcome
@@ -105,7 +108,7 @@ class Traffic:
         return answers
 
     def start(self) -> None:
-        for kind in KINDS:
+        for kind in self._kinds:
             for client in range(kind.clients):
                 thread = threading.Thread(target=self._send_forever, args=(kind, client), daemon=True)
                 self._threads.append(thread)
