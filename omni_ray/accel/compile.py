@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -64,7 +64,8 @@ def apply_compile(
 
 
 def _repeated_blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    return (part for part in transformer.modules() if type(part).__name__ in transformer._repeated_blocks)
+    names = cast("list[str]", transformer._repeated_blocks)
+    return (part for part in transformer.modules() if type(part).__name__ in names)
 
 
 class Sizes(ModelHook):  # type: ignore[misc]

@@ -5,6 +5,8 @@ The kernel is PyTorch's own, and the weights are plain tensors, which the compil
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +36,8 @@ def product(linear: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     if linear.weight.dtype != torch.float8_e4m3fn:
         return nn.functional.linear(x, linear.weight, bias)
     rows, scale = to_fp8(x.reshape(-1, x.shape[-1]))
-    out = torch._scaled_mm(
-        rows, linear.weight.t(), scale, linear.scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True
-    )
+    weight, weight_scale = linear.weight.t(), cast(Tensor, linear.scale)
+    out = torch._scaled_mm(rows, weight, scale, weight_scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
     return out.view(*x.shape[:-1], -1)
 
 
