@@ -168,8 +168,10 @@ class Lane:
         """A preview where one is due, on all ranks; and now and then what another rank needs to go on."""
         if self._answers is not None:
             self._answers.begin_step()
-            if self.step in preview_steps(self.job.num_previews, self.num_steps):
-                self._preview(clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result))
+            steps = preview_steps(self.job.num_previews, self.num_steps)
+            if self.step in steps:
+                estimate = clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result)
+                self._preview(estimate, is_small=len(steps) == 1 or self.step < max(steps))
         if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
             self._saved_at = time.perf_counter()
             data = save(self.step, next_sample(result), scheduler, self._generator)
@@ -181,9 +183,9 @@ class Lane:
         except Exception as error:
             logger.warning("%s cannot be gone on with after step %d", self.id, step, exc_info=error)
 
-    def _preview(self, latents: torch.Tensor) -> None:
+    def _preview(self, latents: torch.Tensor, *, is_small: bool) -> None:
         assert self._answers is not None
-        tail, own = Tail(self._answers, self._gate), copy.copy(self._pipe)
+        tail, own = Tail(self._answers, self._gate, is_small=is_small), copy.copy(self._pipe)
         for name, part in vars(self._pipe).items():
             if isinstance(part, GatedModule):
                 own.__dict__[name] = part.asking(tail)

@@ -1,7 +1,8 @@
 """Previews: what the latents of a running lane would look like, made by its pipeline's own last lines.
 
 The pipeline is run once more with stand-ins for all that computes: its modules answer what they answered this lane
-before, its scheduler hands on the estimate of the clean latents, and only the decoder computes, a small image.
+before, its scheduler hands on the estimate of the clean latents, and only the decoder computes: small images, and at
+last one of the full size.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ def clean_estimate(scheduler: Any, model_output: torch.Tensor, sample: torch.Ten
 
 
 class Tail:
-    """Answers a pipeline's calls with what ``answers`` holds, until its loop is over; after that the gate computes."""
+    """Answers a pipeline's calls with what ``answers`` holds, until its loop is over; after that the gate computes, at
+    half the height and width if ``is_small``: that costs a quarter of an image's decoding."""
 
-    def __init__(self, answers: Answers, gate: Computes) -> None:
+    def __init__(self, answers: Answers, gate: Computes, *, is_small: bool) -> None:
         self._before = list(answers.before)
         self._last = dict(answers.last)
         self._gate = gate
+        self._is_small = is_small
         self._ordinal = 0
         self._is_past = False
 
@@ -64,7 +67,7 @@ class Tail:
             return self._last[place] if place in self._last else next(iter(self._last.values()))
         if not self._is_past:
             return self._before.pop(0)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, smaller, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._first, (args, kwargs))
         return self._gate.compute(lane, name, method, args, kwargs)
 
     def run(self, pipe: Any, call: Callable[[Any], Any], latents: torch.Tensor, *, skips_loop: bool) -> Any:
@@ -93,18 +96,16 @@ class Tail:
         pipe.__dict__["scheduler"] = scheduler
         return call(pipe)
 
+    def _first(self, latents: torch.Tensor) -> torch.Tensor:
+        """The first of a batch of latents ``[B, C, (F,) H, W]``, and of a video the first frame."""
+        if latents.ndim not in (4, 5):
+            return latents
+        frame = latents[:1, :, 0] if latents.ndim == 5 else latents[:1]
+        if self._is_small and min(frame.shape[-2:]) >= 2 * SMALLEST:
+            frame = torch.nn.functional.avg_pool2d(frame, 2)
+        return frame.unsqueeze(2) if latents.ndim == 5 else frame
+
 
 def begins_at(scheduler: Any) -> int:
     """The timestep, by index, with which a pipeline's loop begins: one that draws from an image skips the first."""
     return getattr(scheduler, "begin_index", None) or 0
-
-
-def smaller(latents: torch.Tensor) -> torch.Tensor:
-    """The first of a batch of latents ``[B, C, (F,) H, W]`` and of a video the first frame, at half the height and
-    width. So a preview costs a quarter of an image's decoding, and of a video's next to nothing."""
-    if latents.ndim not in (4, 5):
-        return latents
-    frame = latents[:1, :, 0] if latents.ndim == 5 else latents[:1]
-    if min(frame.shape[-2:]) >= 2 * SMALLEST:
-        frame = torch.nn.functional.avg_pool2d(frame, 2)
-    return frame.unsqueeze(2) if latents.ndim == 5 else frame
