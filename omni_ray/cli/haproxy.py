@@ -3,8 +3,8 @@
 - Without splice(2): with it, which Ray Serve's config asks for, HAProxy 2.8 does not notice that a client has left if
   the body of its request came in a packet after that of the headers, as most HTTP clients send it: the work would go on
   unread.
-- Where no ingress replica answers, or the only one dies, clients get a 503 that may be tried again, in place of a bare
-  500, be it HAProxy's own or that of the Serve proxy it falls back to.
+- Where no ingress replica answers, the only one dies, or a new node knows of none yet, clients get a 503 that may be
+  tried again, in place of a bare 500 or 404, be it HAProxy's own or that of the Serve proxy it falls back to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 from omni_ray.errors import Unavailable
 
 FRONTEND = "frontend http_frontend\n"
-IS_JSON = "res.hdr(content-type) -m beg application/json"
+IS_OURS = "res.hdr(content-type) -m beg application/json"
+BACKEND = "    use_backend "
+NOTHING_HERE = "    http-request return status 404 "
 NO_INGRESS = Unavailable("no ingress replica answers at the moment; send the request again", retry_after_s=1)
 
 
@@ -33,12 +35,17 @@ def main() -> None:
 
 
 def explain_failures(config: Path) -> None:
-    """Change what Ray Serve has just written: the page that it sends for each 502, 503 and 504, and the answers of its
-    proxy. The errors of omni_ray itself are JSON, and stay as they are."""
+    """Change what Ray Serve has just written: the page that it sends for each 502, 503 and 504, the answers of its
+    proxy, and that of a HAProxy without an application. The errors of omni_ray itself are JSON, and stay as they are."""
     answer = config.with_name("500.http")
     answer.write_bytes(page(NO_INGRESS))
-    rule = f"http-response return status 503 errorfile {answer} if {{ status 500 }} !{{ {IS_JSON} }}"
-    config.write_text(config.read_text().replace(FRONTEND, f"{FRONTEND}    {rule}\n"))
+    told = f"return status 503 errorfile {answer}"
+    text = config.read_text()
+    if BACKEND not in text:
+        lines = text.splitlines(keepends=True)
+        text = "".join(f"    http-request {told}\n" if line.startswith(NOTHING_HERE) else line for line in lines)
+    rule = f"    http-response {told} if {{ status 404 500 }} !{{ {IS_OURS} }}\n"
+    config.write_text(text.replace(FRONTEND, FRONTEND + rule))
 
 
 def page(error: Unavailable) -> bytes:

@@ -94,9 +94,19 @@ defaults
     errorfile 503 {folder}/500.http
 frontend http_frontend
     bind 127.0.0.1:{port}
-    default_backend servers
+    use_backend servers if {{ path_beg / }}
 backend servers
     server only 127.0.0.1:{server}
+"""
+HAPROXY_CONFIG_AT_FIRST = """
+defaults
+    mode http
+    timeout client 5s
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path '%[path]' not found."
 """
 
 
@@ -135,13 +145,13 @@ def test_our_haproxy_is_haproxy_even_where_the_variable_names_it() -> None:
 
 
 @pytest.fixture
-def haproxy(tmp_path: Path) -> Iterator[Callable[[int], httpx.Response]]:
+def haproxy(tmp_path: Path) -> Iterator[Callable[..., httpx.Response]]:
     """Ours, with one server on a port that is given; returns what a client gets."""
     started = []
 
-    def ask(server: int) -> httpx.Response:
+    def ask(server: int, config: str = HAPROXY_CONFIG) -> httpx.Response:
         port = free_port()
-        (tmp_path / "haproxy.cfg").write_text(HAPROXY_CONFIG.format(folder=tmp_path, port=port, server=server))
+        (tmp_path / "haproxy.cfg").write_text(config.format(folder=tmp_path, port=port, server=server))
         started.append(subprocess.Popen([HAPROXY, "-db", "-f", tmp_path / "haproxy.cfg"]))
         with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:
             return client.get(f"http://127.0.0.1:{port}/")
@@ -152,19 +162,23 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[[int], httpx.Response]]:
         process.wait()
 
 
-def test_our_haproxy_says_that_a_request_may_be_sent_again(haproxy: Callable[[int], httpx.Response]) -> None:
-    answer = haproxy(free_port())
+@pytest.mark.parametrize("knows_of_a_server", [True, False])
+def test_our_haproxy_says_that_a_request_may_be_sent_again(
+    knows_of_a_server: bool, haproxy: Callable[..., httpx.Response]
+) -> None:
+    answer = haproxy(free_port(), HAPROXY_CONFIG if knows_of_a_server else HAPROXY_CONFIG_AT_FIRST)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "unavailable"
 
 
-@pytest.mark.parametrize(("media_type", "status"), [("text/plain", 503), ("application/json", 500)])
+@pytest.mark.parametrize("status", [404, 500])
+@pytest.mark.parametrize(("media_type", "is_ours"), [("text/plain", False), ("application/json", True)])
 def test_our_haproxy_tells_serves_failures_from_our_own(
-    media_type: str, status: int, haproxy: Callable[[int], httpx.Response]
+    media_type: str, is_ours: bool, status: int, haproxy: Callable[..., httpx.Response]
 ) -> None:
     class Failing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(500)
+            self.send_response(status)
             self.send_header("Content-Type", media_type)
             self.end_headers()
             self.wfile.write(b"{}")
@@ -174,7 +188,7 @@ def test_our_haproxy_tells_serves_failures_from_our_own(
 
     with HTTPServer(("127.0.0.1", 0), Failing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert haproxy(server.server_port).status_code == status
+        assert haproxy(server.server_port).status_code == (status if is_ours else 503)
         server.shutdown()
 
 
