@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -21,6 +22,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -32,6 +35,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
@@ -189,11 +193,10 @@ def flux2() -> DiffusionPipeline:
     )
 
 
-def qwen_image() -> DiffusionPipeline:
-    tok = tokenizer()
+def _qwen_vl(vocab: int) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tok),
+            "vocab_size": vocab,
             "hidden_size": 32,
             "intermediate_size": 37,
             "num_hidden_layers": 2,
@@ -204,6 +207,11 @@ def qwen_image() -> DiffusionPipeline:
         },
         vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 37, "num_heads": 4, "out_hidden_size": 32},
     )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_image() -> DiffusionPipeline:
+    tok = tokenizer()
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -226,9 +234,45 @@ def qwen_image() -> DiffusionPipeline:
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        text_encoder=_qwen_vl(len(tok)),
         tokenizer=tok,
         transformer=transformer,
+    )
+
+
+def hunyuan_image() -> DiffusionPipeline:
+    tok = tokenizer()
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        rope_axes_dim=(8, 8),
+    )
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 64),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_qwen_vl(len(tok)),
+        tokenizer=tok,
+        text_encoder_2=_t5(len(tok)),
+        tokenizer_2=tok,
+        transformer=transformer,
+        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
     )
 
 
@@ -332,6 +376,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux2": flux2,
     "qwen_image": qwen_image,
+    "hunyuan_image": hunyuan_image,
     "z_image": z_image,
     "sd3": sd3,
     "wan": wan,

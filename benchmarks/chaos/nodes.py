@@ -31,8 +31,8 @@ REAPER = "trap : CHLD; while :; do sleep 3600 & wait $!; done"
 
 FAST_NODE_CHECKS = {
     "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "300",
-    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_period_ms": "200",
+    "RAY_health_check_timeout_ms": "400",
     "RAY_health_check_failure_threshold": "3",
 }
 """For Ray's control store, which by default takes half a minute to give a node up that no longer answers."""

@@ -15,8 +15,8 @@ class RayState:
 
     def node_id(self, ip: str) -> str:
         """Of the node that is alive there; empty where none is."""
-        alive = [each for each in self._nodes() if each["ip"] == ip and each["raylet"].get("state") == "ALIVE"]
-        return str(alive[0]["raylet"]["nodeId"]) if alive else ""
+        alive = [node["node_id"] for node in self._list("nodes") if node["node_ip"] == ip and node["state"] == "ALIVE"]
+        return str(alive[0]) if alive else ""
 
     def has_given_up_node(self, ip: str) -> bool:
         try:
@@ -27,16 +27,12 @@ class RayState:
     def has_given_up_actor(self, node_id: str, pid: int) -> bool:
         """``pid``: the number of its process on the node."""
         try:
-            found = self._get("/api/v0/actors", filter_keys="pid", filter_predicates="=", filter_values=str(pid))
+            actors = self._list("actors", filter_keys="pid", filter_predicates="=", filter_values=str(pid))
         except httpx.HTTPError:
             return False
-        actors = found["data"]["result"]["result"]
         return not any(actor["node_id"] == node_id and actor["state"] == "ALIVE" for actor in actors)
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        nodes: list[dict[str, Any]] = self._get("/nodes", view="summary")["data"]["summary"]
-        return nodes
-
-    def _get(self, path: str, **params: str) -> Any:
-        reply = httpx.get(self._dashboard + path, params=params, timeout=2, trust_env=False)
-        return reply.raise_for_status().json()
+    def _list(self, what: str, **params: str) -> list[dict[str, Any]]:
+        reply = httpx.get(f"{self._dashboard}/api/v0/{what}", params=params, timeout=2, trust_env=False)
+        found: list[dict[str, Any]] = reply.raise_for_status().json()["data"]["result"]["result"]
+        return found
