@@ -95,6 +95,7 @@ class Family:
 
 
 TEXT_IMAGE = ("encoder_hidden_states", "hidden_states")
+IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
 SELF = ("hidden_states",)
 
 
@@ -152,6 +153,11 @@ QWEN_IMAGE = Family(
     stacks={"transformer_blocks": TEXT_IMAGE},
 )
 
+HUNYUAN_IMAGE = Family(
+    "HunyuanImageTransformer2DModel",
+    stacks={"transformer_blocks": IMAGE_TEXT, "single_transformer_blocks": IMAGE_TEXT},
+)
+
 _Z_IMAGE_LAYERS = ("noise_refiner", "context_refiner", "layers")
 
 Z_IMAGE = Family(
@@ -182,7 +188,7 @@ SD3 = Family(
     "SD3Transformer2DModel",
     sequence=SequencePlan(
         {
-            "transformer_blocks.*.attn": ("hidden_states", "encoder_hidden_states"),
+            "transformer_blocks.*.attn": IMAGE_TEXT,
             "transformer_blocks.*.attn2?": SELF,
         },
         processors=("JointAttnProcessor2_0",),
@@ -260,7 +266,7 @@ HELIOS = Family(
     ),
 )
 
-FAMILIES = {family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)}
+FAMILIES = {family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, HUNYUAN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)}
 
 
 def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel) -> list[str]:

@@ -19,13 +19,14 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.guiders import BaseGuidance
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
 from omni_ray.engine.preview import Tail, clean_estimate, preview_steps
-from omni_ray.engine.replay import Answers, Arguments, Resumption, next_sample, sample_of, save
+from omni_ray.engine.replay import Answers, Arguments, Carried, Resumption, next_sample, sample_of, save
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
 from omni_ray.messages import Event, Failure, Job, Media, Preview, Snapshot, StepEvent, Usage
 
@@ -93,6 +94,8 @@ class Lane:
         self._emit = emit or _tell_nobody
         self._follows = emit is None
         self._pipe = self._own(pipe, lock)
+        guiders = {name: part for name, part in vars(self._pipe).items() if isinstance(part, BaseGuidance)}
+        self._carried = Carried(self._pipe.scheduler, self._generator, guiders)
         self._thread = threading.Thread(target=self._run, name=f"lane-{job.id}", daemon=True)
 
     def start(self) -> None:
@@ -131,7 +134,7 @@ class Lane:
         @functools.wraps(step)
         def counting_step(*args: Any, **kwargs: Any) -> Any:
             if self._resumption is not None:
-                return self._pass_step(self._resumption, scheduler, (args, kwargs))
+                return self._pass_step(self._resumption, (args, kwargs))
             result = step(*args, **kwargs)
             self._stepped(len(scheduler.timesteps))
             self._show_and_save(scheduler, (args, kwargs), result)
@@ -153,10 +156,10 @@ class Lane:
         )
         self._emit(event)
 
-    def _pass_step(self, resumption: Resumption, scheduler: Any, arguments: Arguments) -> Any:
+    def _pass_step(self, resumption: Resumption, arguments: Arguments) -> Any:
         """Take no step, but go on from the one that was saved."""
         assert self._answers is not None
-        result = resumption.pass_step(scheduler, self._generator, arguments)
+        result = resumption.pass_step(self._carried, arguments)
         self._answers.begin_step()
         self._branches_before, self.branches = self.branches, 0
         if resumption.is_over:
@@ -174,7 +177,7 @@ class Lane:
                 self._preview(estimate, is_small=len(steps) == 1 or self.step < max(steps))
         if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
             self._saved_at = time.perf_counter()
-            data = save(self.step, next_sample(result), scheduler, self._generator)
+            data = save(self.step, next_sample(result), self._carried)
             _savers.submit(self._tell_saved, self.step, data)
 
     def _tell_saved(self, step: int, data: Callable[[], bytes]) -> None:
@@ -189,6 +192,8 @@ class Lane:
         for name, part in vars(self._pipe).items():
             if isinstance(part, GatedModule):
                 own.__dict__[name] = part.asking(tail)
+            elif isinstance(part, BaseGuidance):
+                own.__dict__[name] = part.new()
         try:
             output = tail.run(own, self._call, latents, skips_loop=not self.job.images)
             for media in () if self._follows else encode_preview(output, self.job):

@@ -1,7 +1,7 @@
 """Going on with a request where another lane left it.
 
 An unmodified pipeline has no door into the middle of its loop. But all that the loop carries from step to step are the
-latents, the scheduler's state and the random generator's. So a lane that goes on after step n runs the pipeline from
+latents, the scheduler's state, the random generator's and the momentum of a guider. So a lane that goes on after step n runs the pipeline from
 the start: up to there its transformers answer again what they answered in the first step, its scheduler hands on the
 latents as they are, and at step n what was saved takes their place.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,14 +62,34 @@ class Answers:
         return self.last[place]
 
 
-def save(step: int, sample: torch.Tensor, scheduler: Any, generator: torch.Generator) -> Callable[[], bytes]:
+@dataclass
+class Carried:
+    """What a lane's loop carries from step to step beside the latents: ``guiders`` are those among the pipeline's
+    components, by name."""
+
+    scheduler: Any
+    generator: torch.Generator
+    guiders: dict[str, Any]
+
+    def momenta(self) -> dict[str, Any]:
+        """The buffers of the guiders that keep one, by the guider's name."""
+        buffers = {name: getattr(guider, "momentum_buffer", None) for name, guider in self.guiders.items()}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def save(step: int, sample: torch.Tensor, carried: Carried) -> Callable[[], bytes]:
     """What a lane needs to go on after ``step`` steps, the last of which gave ``sample``.
 
     The copies from the device are only queued here, as to wait for them would leave the device without work; what is
     returned waits, in whichever thread it is called.
     """
-    scheduler_state = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
-    state = {"step": step, "sample": sample, "scheduler": scheduler_state, "generator": generator.get_state()}
+    state: dict[str, Any] = {
+        "step": step,
+        "sample": sample,
+        "scheduler": {name: value for name, value in vars(carried.scheduler).items() if _is_plain(value)},
+        "generator": carried.generator.get_state(),
+        "momenta": {name: buffer.running_average for name, buffer in carried.momenta().items()},
+    }
     state = pytree.tree_map_only(torch.Tensor, _queue_copy, state)
     copied = torch.cuda.Event() if sample.is_cuda else None
     if copied is not None:
@@ -106,14 +127,16 @@ class Resumption:
         self.step: int = self._saved["step"]
         self._passed = 0
 
-    def pass_step(self, scheduler: Any, generator: torch.Generator, arguments: Arguments) -> Any:
+    def pass_step(self, carried: Carried, arguments: Arguments) -> Any:
         """The result of a step of the scheduler that is not taken. At the last one the saved state is in place."""
         self._passed += 1
         sample = sample_of(arguments)
         if self.is_over:
             for name, value in self._saved["scheduler"].items():
-                setattr(scheduler, name, _placed(value, getattr(scheduler, name, None)))
-            generator.set_state(self._saved["generator"].cpu())
+                setattr(carried.scheduler, name, _placed(value, getattr(carried.scheduler, name, None)))
+            carried.generator.set_state(self._saved["generator"].cpu())
+            for name, buffer in carried.momenta().items():
+                buffer.running_average = self._saved["momenta"][name]
             sample = self._saved["sample"].to(sample.device)
         return as_result(sample, arguments)
 

@@ -48,6 +48,8 @@ def autoencoder(config: Config) -> Autoencoder:
         known = _image((FLUX2_DEFAULTS if cls.endswith("Flux2") else {}) | config)
     elif cls in ("AutoencoderKLWan", "AutoencoderKLQwenImage") and not config.get("is_residual"):
         known = _video(config)
+    elif cls == "AutoencoderKLHunyuanImage":
+        known = _shuffled(config)
     else:
         known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
     return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS)
@@ -95,6 +97,33 @@ def _image_half(widths: list[int], layers: int, latent: int, *, decoder: bool) -
             yield Conv(out, out, 9, shrink // 4 if decoder else shrink, decoder)
     if decoder:
         yield Conv(widths[0], 3, 9, 1, True)
+
+
+def _shuffled(config: Config) -> Autoencoder:
+    """HunyuanImage's autoencoder, whose levels move pixels into channels and back."""
+    widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
+    spatial, latent = config["spatial_compression_ratio"], config["latent_channels"]
+    convs, norms = list[Conv](), 0
+    for decoder in (False, True):
+        levels, shrink = widths[::-1] if decoder else widths, spatial**2 if decoder else 1
+        matches = config.get("upsample_match_channel" if decoder else "downsample_match_channel", True)
+        middle, at_middle = widths[-1], spatial**2
+        convs.append(Conv(latent if decoder else 3, levels[0], 9, shrink, decoder))
+        convs += [*_resnet(middle, middle, 9, at_middle, decoder)] * 2
+        convs += [Conv(middle, middle, 1, at_middle, decoder)] * 4
+        norms += 2 * middle * 5
+        width = levels[0]
+        for level, out in enumerate(levels):
+            for _ in range(layers + decoder):
+                convs += _resnet(width, out, 9, shrink, decoder)
+                norms, width = norms + 2 * (width + out), out
+            if 2**level < spatial and level < len(levels) - 1:
+                after = levels[level + 1] if matches else out
+                convs.append(Conv(out, 4 * after if decoder else after // 4, 9, shrink, decoder))
+                shrink, width = shrink // 4 if decoder else shrink * 4, after
+        convs.append(Conv(levels[-1], 3 if decoder else 2 * latent, 9, shrink, decoder))
+        norms += 2 * levels[-1]
+    return _summary(convs, norms, spatial, 1)
 
 
 def _resnet(inputs: int, outputs: int, taps: int, shrink: int, decoder: bool) -> Iterator[Conv]:

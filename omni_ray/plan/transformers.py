@@ -7,6 +7,7 @@ are on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,38 @@ def qwen_image(config: Config) -> Transformer:
     return Transformer(hidden, heads, 4 * hidden, tuple(linears), attentions, text + 4 * head * layers, layers)
 
 
+def hunyuan_image(config: Config) -> Transformer:
+    """HunyuanImage-2.1: refines two texts, then blocks of two streams, then blocks of one."""
+    heads, head = config.get("num_attention_heads", 28), config.get("attention_head_dim", 128)
+    hidden, channels = heads * head, config.get("in_channels", 64)
+    ffn, pixels = int(hidden * config.get("mlp_ratio", 4.0)), math.prod(config.get("patch_size", (1, 1)))
+    double, single = config.get("num_layers", 20), config.get("num_single_layers", 40)
+    refiner, text = config.get("num_refiner_layers", 2), config.get("text_embed_dim", 3584)
+    glyphs = config.get("text_embed_2_dim")
+    linears = [
+        *_vector(256, hidden, 2 + bool(config.get("use_meanflow")) + bool(config.get("guidance_embeds"))),
+        *_vector(text, hidden),
+        Linear(text, hidden, tokens="text"),
+        *_attention(hidden, refiner, "text"),
+        *_mlp(hidden, ffn, refiner, "text"),
+        Linear(hidden, 2 * hidden, refiner),
+        *([Linear(glyphs, 2048), Linear(2048, 2048), Linear(2048, hidden)] if glyphs else ()),
+        Linear(channels * pixels, hidden, tokens="image"),
+        Linear(hidden, 6 * hidden, 2 * double),
+        *(layer for tokens in STREAMS for layer in _attention(hidden, double, tokens)),
+        *(layer for tokens in STREAMS for layer in _mlp(hidden, ffn, double, tokens)),
+        Linear(hidden, 3 * hidden, single),
+        Linear(hidden, 3 * hidden, single, True, "all"),
+        Linear(hidden, ffn, single, True, "all"),
+        Linear(hidden + ffn, hidden, single, True, "all"),
+        Linear(hidden, 2 * hidden),
+        Linear(hidden, (config.get("out_channels") or channels) * pixels, tokens="image"),
+    ]
+    attentions = (Attention(hidden, "all", "all", double + single),)
+    norms = head * (4 * double + 2 * single) + 4 * hidden * refiner + 2 * (glyphs or 0)
+    return Transformer(hidden, heads, ffn, tuple(linears), attentions, norms, double + single)
+
+
 def z_image(config: Config) -> Transformer:
     """Z-Image: refiners of each stream, then blocks of one stream; SwiGLU of 8/3 of the width."""
     hidden, heads = config.get("dim", 3840), config.get("n_heads", 30)
@@ -203,6 +236,7 @@ FAMILIES: dict[str, Callable[[Config], Transformer]] = {
     "FluxTransformer2DModel": flux,
     "Flux2Transformer2DModel": flux2,
     "QwenImageTransformer2DModel": qwen_image,
+    "HunyuanImageTransformer2DModel": hunyuan_image,
     "ZImageTransformer2DModel": z_image,
     "SD3Transformer2DModel": sd3,
     "WanTransformer3DModel": wan,

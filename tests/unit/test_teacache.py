@@ -24,7 +24,7 @@ from omni_ray.messages import Event, Job, StepEvent
 from tests.lanes import assert_skips_as_alone, run_lanes, usage
 from tests.ranks import jobs_of
 
-FAMILIES = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
+FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "sd3", "wan")
 IDENTITY = (1.0, 0.0)
 
 
