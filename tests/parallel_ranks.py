@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan, HeliosPipeline, HeliosTransformer3DModel
-from diffusers.schedulers.scheduling_helios import HeliosScheduler
 from PIL import Image
 
 from omni_ray.accel.modules import transformers_of
@@ -47,39 +45,13 @@ class Case:
         return DitParallel.model_validate(self.axes)
 
 
-def helios() -> HeliosPipeline:
-    tok = tiny_dit.tokenizer()
-    transformer = HeliosTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_dim=(4, 4, 4),
-        is_amplify_history=True,
-    )
-    vae = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-    return HeliosPipeline(
-        tokenizer=tok,
-        text_encoder=tiny_dit._umt5(len(tok)),
-        vae=vae,
-        scheduler=HeliosScheduler(stages=1),
-        transformer=transformer,
-    )
-
-
 def pipeline(case: Case) -> Any:
     """The family's pipeline with the case's config; the same weights every time, and no bias or norm that does nothing.
 
     Fresh weights are small, so that a text that is read wrongly would hardly show; they are made larger.
     """
     torch.manual_seed(0)
-    pipe = helios() if case.family == "helios" else tiny_dit.FAMILIES[case.family]()
+    pipe = tiny_dit.FAMILIES[case.family]()
     for name, transformer in transformers_of(pipe).items():
         pipe.register_modules(**{name: type(transformer).from_config(dict(transformer.config) | case.config)})
     for component in pipe.components.values():

@@ -45,6 +45,7 @@ def jobs_of(family: str) -> list[Job]:
     """Five requests that end, one that cannot be decoded, and one that would take long."""
     own: dict[str, Any] = {"output_type": "np"}
     own |= {"num_frames": 5} if family.startswith("wan") else {}
+    own |= {"num_frames": 5, "num_latent_frames_per_chunk": 2} if family == "helios" else {}
     own |= {"negative_prompt": "dull"} if family in ("qwen_image", "hunyuan_image", "wan", "sd3", "z_image") else {}
     own |= {"true_cfg_scale": 2.0} if family == "qwen_image" else {}
     requests = [*MIXED, ("too large", *FAILING, 2), ("never done", 64, 64, 150)]

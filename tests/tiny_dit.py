@@ -22,6 +22,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HeliosPipeline,
+    HeliosTransformer3DModel,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
     QwenImagePipeline,
@@ -36,6 +38,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
+from diffusers.schedulers.scheduling_helios import HeliosScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
@@ -372,6 +375,32 @@ def wan_i2v() -> DiffusionPipeline:
     return _wan(WanImageToVideoPipeline, 36, image_encoder=None, image_processor=None)
 
 
+def helios() -> DiffusionPipeline:
+    tok = tokenizer()
+    transformer = HeliosTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_dim=(4, 4, 4),
+        is_amplify_history=True,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return HeliosPipeline(
+        tokenizer=tok,
+        text_encoder=_umt5(len(tok)),
+        vae=vae,
+        scheduler=HeliosScheduler(stages=1),
+        transformer=transformer,
+    )
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux2": flux2,
@@ -381,6 +410,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": sd3,
     "wan": wan,
     "wan_i2v": wan_i2v,
+    "helios": helios,
 }
 
 

@@ -36,7 +36,7 @@ def main() -> None:
 
 def explain_failures(config: Path) -> None:
     """Change what Ray Serve has just written: the page that it sends for each 502, 503 and 504, the answers of its
-    proxy, and that of a HAProxy without an application. The errors of omni_ray itself are JSON, and stay as they are."""
+    proxy, and that of a HAProxy without an application. omni_ray's own errors are JSON, and stay as they are."""
     answer = config.with_name("500.http")
     answer.write_bytes(page(NO_INGRESS))
     told = f"return status 503 errorfile {answer}"

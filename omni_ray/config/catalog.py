@@ -264,9 +264,12 @@ HELIOS = Family(
         gather={"proj_out": "hidden_states"},
         lengths={"blocks.*": _HELIOS_TAIL, "norm_out": _HELIOS_TAIL},
     ),
+    stacks={"blocks": SELF},
 )
 
-FAMILIES = {family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, HUNYUAN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)}
+FAMILIES = {
+    family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, HUNYUAN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)
+}
 
 
 def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel) -> list[str]:

@@ -135,7 +135,7 @@ class Forward:
             return [batch.batch_size(call) for call in some]
 
         if new := [call for call in calls if call.skipped is None]:
-            ends = [call.lane.step in (0, call.lane.num_steps - 1) for call in new]
+            ends = [call.lane.is_at_an_end for call in new]
             skips = ranks.same(cache.can_skip(name, kept(new), sizes(new), ends, run(new)))
             for call, skip in zip(new, skips, strict=True):
                 call.skipped = skip
@@ -172,7 +172,7 @@ class Forward:
         """The answer of a forward that may use again what the last ones of this branch of the request left."""
         key = ("cache_dit", call.name, call.ordinal)
         if key not in call.lane.kept:
-            call.lane.kept[key] = cache.contexts(call.name, call.lane.num_steps)
+            call.lane.kept[key] = cache.contexts(call.name, call.lane.steps_of_window)
         with cache.using(call.name, call.lane.kept[key]) as skipped:
             answer = run()
         call.skipped = call.skipped or any(skipped)

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,9 @@ class Lane:
         self.num_calls = 0
         self.number = 0  # in the order of admission, which is the same on every rank
         self.step = 0
-        self.num_steps = int(job.params.get("num_inference_steps", 1))
+        self._num_windows, self._window_began_at = num_windows(pipe, job.params), 0
+        self.steps_of_window = int(job.params.get("num_inference_steps", 1))
+        self.num_steps = self._num_windows * self.steps_of_window
         self.steps_computed = 0
         self.steps_skipped = 0
         self.device_s = self.offload_hidden_s = self.offload_paid_s = 0.0
@@ -109,6 +111,11 @@ class Lane:
         """Whether the call is the first of several that the transformer will get in this step, by the step before."""
         return call.is_denoising and self.branches == 0 and self._branches_before > 1
 
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the step at hand is the first or the last one of the pipeline's loop."""
+        return self.step - self._window_began_at in (0, self.steps_of_window - 1)
+
     def count_call(self, call: Call) -> None:
         self.num_calls += 1
         self.branches += call.is_denoising
@@ -128,8 +135,9 @@ class Lane:
         return own
 
     def _counted(self, scheduler: Any) -> Any:
-        """Make the scheduler report each step that it takes: the one thing that all pipelines do once per step."""
-        step = scheduler.step
+        """Make the scheduler report each step that it takes, the one thing that all pipelines do once per step, and a
+        loop that begins."""
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
 
         @functools.wraps(step)
         def counting_step(*args: Any, **kwargs: Any) -> Any:
@@ -140,8 +148,20 @@ class Lane:
             self._show_and_save(scheduler, (args, kwargs), result)
             return result
 
-        scheduler.step = counting_step
+        @functools.wraps(set_timesteps)
+        def counting_set_timesteps(*args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            if self.step > 0:
+                self._begin_window()
+
+        scheduler.step, scheduler.set_timesteps = counting_step, counting_set_timesteps
         return scheduler
+
+    def _begin_window(self) -> None:
+        """The pipeline begins its loop anew, for the next frames. No snapshot would hold those before it."""
+        self._window_began_at = self.step
+        self.kept.clear()
+        self._saved_at = math.inf
 
     def _stepped(self, num_timesteps: int) -> None:
         self.step += 1
@@ -149,7 +169,8 @@ class Lane:
         self.steps_skipped += skipped
         self.steps_computed += not skipped
         self._branches_before, self.branches, self.branches_skipped = self.branches, 0, 0
-        self.num_steps = max(self.step, getattr(self._pipe, "_num_timesteps", None) or num_timesteps)
+        self.steps_of_window = getattr(self._pipe, "_num_timesteps", None) or num_timesteps
+        self.num_steps = max(self.step, self._num_windows * self.steps_of_window)
         seconds, self._reported_s = self.device_s - self._reported_s, self.device_s
         event = StepEvent(
             job_id=self.id, step=self.step, num_steps=self.num_steps, seconds=seconds, computed=not skipped
@@ -259,6 +280,17 @@ class Lane:
         if isinstance(error, torch.OutOfMemoryError):
             return EngineFailed(f"out of device memory at step {self.step}: ask for a smaller size or fewer images")
         return EngineFailed(f"{type(self._pipe).__name__} failed at step {self.step}: {type(error).__name__}: {error}")
+
+
+def num_windows(pipe: DiffusionPipeline, params: Mapping[str, Any]) -> int:
+    """How often a pipeline runs its loop for a request: Helios makes so many frames at a time."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "num_latent_frames_per_chunk" not in parameters:
+        return 1
+    latents, frames = (
+        params.get(name, parameters[name].default) for name in ("num_latent_frames_per_chunk", "num_frames")
+    )
+    return max(1, math.ceil(frames / ((latents - 1) * pipe.vae_scale_factor_temporal + 1)))
 
 
 def _tell_nobody(event: Event) -> None:

@@ -76,7 +76,8 @@ class Tail:
         ``skips_loop``: the loop may be as short as one step, which a pipeline that starts in its middle cannot do.
         """
         scheduler = copy.copy(pipe.scheduler)
-        scheduler.__dict__ = copy.deepcopy({name: each for name, each in vars(scheduler).items() if name != "step"})
+        own = {name: each for name, each in vars(scheduler).items() if name not in ("step", "set_timesteps")}
+        scheduler.__dict__ = copy.deepcopy(own)
         set_timesteps, passed = scheduler.set_timesteps, 0
 
         @functools.wraps(set_timesteps)

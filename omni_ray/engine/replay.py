@@ -1,9 +1,9 @@
 """Going on with a request where another lane left it.
 
 An unmodified pipeline has no door into the middle of its loop. But all that the loop carries from step to step are the
-latents, the scheduler's state, the random generator's and the momentum of a guider. So a lane that goes on after step n runs the pipeline from
-the start: up to there its transformers answer again what they answered in the first step, its scheduler hands on the
-latents as they are, and at step n what was saved takes their place.
+latents and the state of the scheduler, of the random generator and of a guider. So a lane that goes on after step n
+runs the pipeline from the start: up to there its transformers answer again what they answered in the first step, its
+scheduler hands on the latents as they are, and at step n what was saved takes their place.
 """
 
 from __future__ import annotations

@@ -59,6 +59,8 @@ PIPELINES: dict[str, Defaults] = {
     "StableDiffusion3Pipeline": Defaults(28, 333, "guidance_scale", 7.0),
     "WanPipeline": Defaults(50, 512, "guidance_scale", 5.0, size=(832, 480, 81)),
     "WanImageToVideoPipeline": Defaults(50, 512, "guidance_scale", 5.0, size=(832, 480, 81)),
+    # As if its windows were one.
+    "HeliosPipeline": Defaults(50, 512, "guidance_scale", 5.0, size=(640, 384, 132)),
 }
 UNKNOWN = Defaults(50, 512)
 

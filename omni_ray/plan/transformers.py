@@ -7,6 +7,7 @@ are on every rank.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -230,6 +231,19 @@ def wan(config: Config) -> Transformer:
     return Transformer(hidden, heads, ffn, tuple(linears), attentions, norms, layers)
 
 
+def helios(config: Config) -> Transformer:
+    """Helios: Wan's layers, and what reads the frames before, in three grains."""
+    model = wan(config)
+    patch = config.get("in_channels", 16) * math.prod(config.get("patch_size", (1, 2, 2)))
+    history = (1, 2**3, 4**3) if config.get("has_multi_term_memory_patch", True) else ()
+    scales = 1 if config.get("history_scale_mode") == "scalar" else model.num_heads
+    return dataclasses.replace(
+        model,
+        linears=model.linears + tuple(Linear(grain * patch, model.hidden) for grain in history),
+        num_vector_params=model.num_vector_params + scales * model.num_blocks * bool(config.get("is_amplify_history")),
+    )
+
+
 STREAMS: tuple[Tokens, ...] = ("image", "text")
 
 FAMILIES: dict[str, Callable[[Config], Transformer]] = {
@@ -240,4 +254,5 @@ FAMILIES: dict[str, Callable[[Config], Transformer]] = {
     "ZImageTransformer2DModel": z_image,
     "SD3Transformer2DModel": sd3,
     "WanTransformer3DModel": wan,
+    "HeliosTransformer3DModel": helios,
 }

@@ -16,7 +16,7 @@ from omni_ray.messages import Job
 from tests.lanes import assert_skips_as_alone, run_lanes, usage
 from tests.ranks import CPU, jobs_of, load
 
-FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "wan")
+FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "wan", "helios")
 EAGER = {
     "Fn_compute_blocks": 1,
     "max_warmup_steps": 1,

@@ -32,7 +32,7 @@ BATCH_TOLERANCE = 2
 """Largest difference of an 8-bit colour value between an image made alone and one made in a joined forward (fp32)."""
 
 ONE_BY_ONE = Batching(max_num_batched_tokens=1)
-VIDEO = {"wan", "wan_i2v"}
+VIDEO = {"wan", "wan_i2v", "helios"}
 
 
 class Counted(Alone):
@@ -85,6 +85,7 @@ def engine(tiny: Any) -> Iterator[Any]:
 
 def params(family: str, prompt: str, steps: int, **extra: Any) -> dict[str, Any]:
     own: dict[str, Any] = {"num_frames": 5} if family in VIDEO else {}
+    own |= {"num_latent_frames_per_chunk": 2} if family == "helios" else {}
     if family == "qwen_image":
         own = {"negative_prompt": "dull", "true_cfg_scale": 2.0}
     return {"prompt": prompt, "height": 64, "width": 64, "num_inference_steps": steps, **own, **extra}

@@ -151,7 +151,6 @@ def test_an_attention_that_cannot_be_split_is_an_error() -> None:
         attend(4, mask=torch.ones(2, 1, 1, 3, dtype=torch.bool))
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # Helios' scheduler
 @pytest.mark.parametrize(
     ("family", "axes", "config", "message"),
     [

@@ -61,6 +61,19 @@ def test_goes_on_where_another_lane_was(family: str, tiny: Any, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("each_step")
+def test_a_video_of_several_windows_goes_on_from_its_first_one(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of("helios")
+    job = dataclasses.replace(job, params=job.params | {"num_frames": 10})
+    wanted, events = run(tiny("helios"), [job], monkeypatch)
+    assert steps(events[job.id]) == list(range(1, 2 * NUM_STEPS + 1))
+    snapshots = [event for event in events[job.id] if isinstance(event, Snapshot)]
+    assert [each.step for each in snapshots] == list(range(1, NUM_STEPS + 1))
+    for snapshot in (snapshots[1], snapshots[-1]):
+        made, _ = run(tiny("helios"), [dataclasses.replace(job, resume=snapshot.data)], monkeypatch)
+        assert (made[job.id] == wanted[job.id]).all()
+
+
+@pytest.mark.usefixtures("each_step")
 def test_goes_on_beside_others(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = job_of("wan", id="first"), job_of("wan", id="second", seed=7)
     wanted, events = run(tiny("wan"), [first, second], monkeypatch)

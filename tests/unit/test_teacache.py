@@ -24,7 +24,7 @@ from omni_ray.messages import Event, Job, StepEvent
 from tests.lanes import assert_skips_as_alone, run_lanes, usage
 from tests.ranks import jobs_of
 
-FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "sd3", "wan")
+FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "sd3", "wan", "helios")
 IDENTITY = (1.0, 0.0)
 
 
@@ -68,6 +68,17 @@ def test_first_and_last_step_are_computed_and_skips_are_limited(tiny: Any, monke
     computed = [event.computed for event in events["j"] if isinstance(event, StepEvent)]
     assert computed == [True, *[False] * 4, True, *[False] * 4, True, True]
     assert (usage(events["j"]).steps_computed, usage(events["j"]).steps_skipped) == (4, 8)
+
+
+def test_each_window_of_a_video_begins_and_ends_with_a_computed_step(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs_of("helios")[0]
+    job = Job(id="j", model="m", group="m", params=job.params | {"num_inference_steps": 5, "num_frames": 10}, seed=0)
+    _, events = serve(tiny("helios"), [job], 1e9, monkeypatch)
+    steps = [event for event in events["j"] if isinstance(event, StepEvent)]
+    assert [(event.step, event.num_steps) for event in steps] == [(i, 10) for i in range(1, 11)]
+    assert [event.computed for event in steps] == [True, False, False, False, True] * 2
 
 
 def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

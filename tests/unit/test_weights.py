@@ -33,7 +33,7 @@ CUDA = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
 )
 DEVICES = pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-WITH_TENSOR = [family for family in FAMILIES if family not in ("wan_i2v", "hunyuan_image")]
+WITH_TENSOR = [family for family in FAMILIES if family not in ("wan_i2v", "hunyuan_image", "helios")]
 
 
 @pytest.fixture(scope="module")
