@@ -261,9 +261,9 @@ def hunyuan_image() -> DiffusionPipeline:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(32, 32, 64),
+        block_out_channels=(32, 32, 32, 64),
         layers_per_block=1,
-        spatial_compression_ratio=4,
+        spatial_compression_ratio=8,
         sample_size=64,
         scaling_factor=0.5,
     )

@@ -22,12 +22,15 @@ TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
 TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 TWO += [case("flux", ring=2), case("qwen_image", cfg=2)]
-MORE = [case(family, ring=2) for family in TENSOR[1:]] + [case(family, cfg=2) for family in TENSOR]
+MORE = [case(family, ring=2) for family in TENSOR[1:]] + [case(family, cfg=2) for family in (*TENSOR, "hunyuan_image")]
+MORE += [case("helios", **{axis: 2}) for axis in ("ulysses", "ring", "cfg")]
 CACHED: list[Case] = [
     (family, {"parallel": {axis: 2}, "cache": TEACACHE})
     for family in TENSOR
     for axis in ("tensor", "ulysses", "ring", "cfg")
 ]
+CACHED += [("helios", {"parallel": {axis: 2}, "cache": TEACACHE}) for axis in ("ulysses", "ring", "cfg")]
+CACHED += [("hunyuan_image", {"parallel": {"cfg": 2}, "cache": TEACACHE})]
 FOUR = [case(family, tensor=2, ulysses=2) for family in TENSOR]
 FOUR += [case(family, cfg=2, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 FOUR += [case("flux", ring=2, ulysses=2)]
