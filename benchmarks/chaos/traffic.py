@@ -1,7 +1,8 @@
 """A mix of requests that goes on without a pause, and what each one came to.
 
 Clients do what a careful client does: they send a request again, to the next node, when the connection fails or the
-server says 429 or 503, with the same idempotency key. What they see of a fault is counted.
+server says 429 or 503, with the same idempotency key; and they ask a server that is silent whether it is there, as the
+official clients do. What they see of a fault is counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import socket
 import threading
 import time
 import uuid
@@ -22,6 +24,12 @@ from benchmarks.chaos.deployment import NAMES
 
 GIVE_UP_S = 240.0
 POLL_S = 0.4
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 VARIANTS = 4
 """Requests of a kind, each of which has one right answer."""
 
@@ -136,7 +144,8 @@ class Traffic:
     def send(self, kind: Kind, variant: int) -> Outcome:
         """One request, sent until it is answered or the time is up."""
         outcome, key = Outcome(kind, variant, time.monotonic()), uuid.uuid4().hex
-        with httpx.Client(timeout=httpx.Timeout(GIVE_UP_S, connect=3), trust_env=False) as client:
+        transport = httpx.HTTPTransport(socket_options=KEEPALIVE)
+        with httpx.Client(timeout=httpx.Timeout(GIVE_UP_S, connect=3), transport=transport) as client:
             while outcome.answer is None and time.monotonic() - outcome.started < GIVE_UP_S:
                 try:
                     outcome.answer = self._job(client, outcome, key) if kind.is_job else self._call(client, outcome)

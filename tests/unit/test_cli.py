@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -169,6 +170,22 @@ def test_our_haproxy_says_that_a_request_may_be_sent_again(
     answer = haproxy(free_port(), HAPROXY_CONFIG if knows_of_a_server else HAPROXY_CONFIG_AT_FIRST)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "unavailable"
+
+
+def test_our_haproxy_asks_a_silent_server_whether_it_is_there(haproxy: Callable[..., httpx.Response]) -> None:
+    def keepalives(port: int) -> list[bool]:
+        """Of the connections to this port: whether the kernel's timer that they wait for is that of keepalives."""
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [timer.startswith("02:") for _, _, peer, _, _, timer, *_ in lines if peer.endswith(f":{port:04X}")]
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        port = server.getsockname()[1]
+        answer = thread.submit(haproxy, port)
+        connection, _ = server.accept()
+        connection.recv(1)
+        assert any(keepalives(port))
+        connection.close()
+        assert answer.result().status_code == 502
 
 
 @pytest.mark.parametrize("status", [404, 500])
