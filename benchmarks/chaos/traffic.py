@@ -1,8 +1,8 @@
 """A mix of requests that goes on without a pause, and what each one came to.
 
 Clients do what a careful client does: they send a request again, to the next node, when the connection fails or the
-server says 429 or 503, with the same idempotency key; and they ask a server that is silent whether it is there, as the
-official clients do. What they see of a fault is counted.
+server says 429 or 503, with the same idempotency key; and they ask a server that is silent whether it is there
+(TCP keepalive). What they see of a fault is counted.
 """
 
 from __future__ import annotations
