@@ -109,8 +109,9 @@ def _median_ratio(estimates: Sequence[Estimate]) -> float:
 
 
 def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The 429s. ``ratio_p50`` is Retry-After over the time until the model next took a request that was sent after the
-    refusal; ``came_again`` are the requests that were sent again at that time, and how many of them were taken."""
+    """The 429s. ``ratio_p50`` is the first Retry-After of a request over the time until it was taken at last; of those
+    that were not sent again, over the time until the model next took another one. ``came_again`` are the requests that
+    were sent again after it, and how many of them were taken."""
     refused = [o for o in outcomes if o.refused]
     if not refused:
         return {}
@@ -119,10 +120,12 @@ def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     for outcome in outcomes:
         if outcome.failure is None:
             taken.setdefault(outcome.model, []).append(outcome.sent_s)
-    real = []
+    own = {o.index: o.sent_s for o in outcomes if o.attempt and not o.refused}
+    first = [o for o in told if not o.attempt]
+    real = [Estimate(o.retry_after_s or 0.0, own[o.index] - o.end_s) for o in first if o.index in own]
     for times in taken.values():
         times.sort()
-    for outcome in told:
+    for outcome in [] if own else told:
         times = taken.get(outcome.model, [])
         if (place := bisect.bisect_right(times, outcome.end_s)) < len(times):
             real.append(Estimate(outcome.retry_after_s or 0.0, times[place] - outcome.end_s))
@@ -185,7 +188,7 @@ def _forecast_lines(row: Mapping[str, Any]) -> Iterator[str]:
             f"; {refusals['without_retry_after']} had none" if refusals["without_retry_after"] else ""
         )
         if refusals["ratio_p50"] is not None:
-            yield f"Retry-After: {refusals['ratio_p50']:.2f} of the time until a later request was taken, at the median"
+            yield f"Retry-After: {refusals['ratio_p50']:.2f} of the time until a request was taken, at the median"
         if refusals["came_again"]["num"]:
             yield "sent again after it: {num}, of which taken: {taken}".format(**refusals["came_again"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -14,7 +15,7 @@ RETELL_S = 1.0
 """A queued job is told its estimated start this often, even if its place is the same."""
 
 RETURNS_AFTER_S = 2.0
-"""A refused client that has not come back so long after its time is no longer reckoned with."""
+"""A refused client that has not come back so long after its time has lost its turn."""
 
 
 class GroupQueue:
@@ -26,7 +27,7 @@ class GroupQueue:
         self._num_replicas = num_replicas
         self._places_each = places_each
         self._changed = asyncio.Condition()
-        self._returns: list[float] = []  # when the clients that were refused were told to come back
+        self._returns: list[float] = []  # when the clients that were refused were told to come back, in order
         self.queued: list[JobRecord] = []
         self.running: list[JobRecord] = []
 
@@ -52,25 +53,28 @@ class GroupQueue:
         return play_forward(running, [*queued, *[mean] * more], self._num_replicas(), self._num_places)
 
     def admit(self, record: JobRecord, *, always: bool = False) -> None:
-        """Queue the job; Overloaded, with the seconds to wait, if the queue is full and not ``always``."""
+        """Queue the job; Overloaded, with the seconds to wait, if no place in the queue is free that is not kept for a
+        client who was refused before, and not ``always``. Who comes when such a client is due is taken to be it."""
         now = time.monotonic()
         self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
-        due = min(self._returns, default=None)
-        if always or len(self.queued) < self.max_queued:
-            if due is not None and due <= now + RETURNS_AFTER_S:
-                self._returns.remove(due)
-            self.queued.append(record)
-            return
-        raise self._refusal(now)
+        is_due = not always and bool(self._returns) and self._returns[0] <= now
+        if is_due:
+            self._returns.pop(0)
+        num_free = self.max_queued - len(self.queued)
+        if not always and num_free <= (0 if is_due else len(self._returns)):
+            raise self._refusal(now, is_due, num_free)
+        self.queued.append(record)
 
-    def _refusal(self, now: float) -> Overloaded:
-        """A place in the queue is free when its first job starts; those who were refused before come first."""
+    def _refusal(self, now: float, is_due: bool, num_free: int) -> Overloaded:
+        """A place in the queue is free when its first job starts; those who were refused before come first. Who is due
+        and finds none gets the next one."""
         _, starts = self._play_forward(more=len(self._returns) + 1)
-        wait_s = max(starts[min(len(self._returns), len(starts) - 1)], 1.0)
-        self._returns.append(now + wait_s)
+        turn = bisect.bisect_left(self._returns, now + starts[0]) if is_due else len(self._returns) - num_free
+        wait_s = max(starts[min(turn, len(starts) - 1)], 1.0)
+        bisect.insort(self._returns, now + wait_s)
         return Overloaded(
-            f"{self._group} has {len(self.queued)} requests queued, and its limit is {self.max_queued}; "
-            f"try again in {wait_s:.0f} s",
+            f"{self._group} has {len(self.queued)} requests queued and {len(self._returns) - 1} announced, and its limit "
+            f"is {self.max_queued}; try again in {wait_s:.0f} s",
             retry_after_s=wait_s,
         )
 

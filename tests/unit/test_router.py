@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,9 +78,54 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         queue.admit(record, always=True)
     assert await places(queue, records[0]) == []
     for expected in (30.0, 60.0, 90.0):  # whoever was refused before comes back first
-        with pytest.raises(Overloaded, match="2 requests queued, and its limit is 2") as refused:
+        with pytest.raises(Overloaded, match=r"2 requests queued and \d announced, and its limit is 2") as refused:
             queue.admit(JobRecord(job=job("x"), cost_s=30.0))
         assert refused.value.retry_after_s == pytest.approx(expected)
+
+
+async def test_a_free_place_is_kept_for_who_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr("omni_ray.router.queue.time", clock)
+    queue = GroupQueue("m", max_queued=1, num_replicas=lambda: 1, places_each=1)
+    first, second, new = (JobRecord(job=job(name), cost_s=30.0) for name in "abc")
+
+    def refused() -> float:
+        with pytest.raises(Overloaded) as error:
+            queue.admit(new)
+        return error.value.retry_after_s or 0.0
+
+    queue.admit(first)
+    assert await places(queue, first) == []
+    queue.admit(second)
+    assert refused() == pytest.approx(30.0)
+    await queue.leave(first)
+    assert await places(queue, second) == []  # now the queue is empty
+    clock.now += 29.0
+    assert refused() == pytest.approx(30.0)  # the next one after the one that is announced
+    clock.now += 1.0
+    queue.admit(new)  # the one that was told to come now
+    assert refused() == pytest.approx(60.0)
+    await queue.leave(new)
+    clock.now += 100.0
+    queue.admit(new)  # nobody came
+
+
+async def test_who_comes_back_too_early_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr("omni_ray.router.queue.time", clock)
+    queue = GroupQueue("m", max_queued=1, num_replicas=lambda: 1, places_each=1)
+    records = [JobRecord(job=job(str(i)), cost_s=30.0) for i in range(3)]
+    for record in records[:2]:
+        queue.admit(record, always=True)
+    assert await places(queue, records[0]) == []
+    for expected in (30.0, 60.0, 90.0):
+        with pytest.raises(Overloaded) as refused:
+            queue.admit(records[2])
+        assert refused.value.retry_after_s == pytest.approx(expected)
+    clock.now += 30.0  # the first of them is due, but the job that runs takes longer than was thought
+    with pytest.raises(Overloaded) as refused:
+        queue.admit(records[2])
+    assert refused.value.retry_after_s == pytest.approx(30.0)
 
 
 def test_the_queue_is_played_forward() -> None:
