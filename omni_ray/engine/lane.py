@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
-from omni_ray.engine.preview import Tail, clean_estimate, preview_steps
+from omni_ray.engine.preview import SCALES, Tail, clean_estimate, preview_steps
 from omni_ray.engine.replay import Answers, Arguments, Carried, Resumption, next_sample, sample_of, save
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
 from omni_ray.messages import Event, Failure, Job, Media, Preview, Snapshot, StepEvent, Usage
@@ -195,7 +195,7 @@ class Lane:
             steps = preview_steps(self.job.num_previews, self.num_steps)
             if self.step in steps:
                 estimate = clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result)
-                self._preview(estimate, is_small=len(steps) == 1 or self.step < max(steps))
+                self._preview(estimate, SCALES[min(sum(step > self.step for step in steps), len(SCALES) - 1)])
         if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
             self._saved_at = time.perf_counter()
             data = save(self.step, next_sample(result), self._carried)
@@ -207,9 +207,9 @@ class Lane:
         except Exception as error:
             logger.warning("%s cannot be gone on with after step %d", self.id, step, exc_info=error)
 
-    def _preview(self, latents: torch.Tensor, *, is_small: bool) -> None:
+    def _preview(self, latents: torch.Tensor, scale: float) -> None:
         assert self._answers is not None
-        tail, own = Tail(self._answers, self._gate, is_small=is_small), copy.copy(self._pipe)
+        tail, own = Tail(self._answers, self._gate, scale), copy.copy(self._pipe)
         for name, part in vars(self._pipe).items():
             if isinstance(part, GatedModule):
                 own.__dict__[name] = part.asking(tail)

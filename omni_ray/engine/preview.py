@@ -1,8 +1,8 @@
 """Previews: what the latents of a running lane would look like, made by its pipeline's own last lines.
 
 The pipeline is run once more with stand-ins for all that computes: its modules answer what they answered this lane
-before, its scheduler hands on the estimate of the clean latents, and only the decoder computes: small images, and at
-last one of the full size.
+before, its scheduler hands on the estimate of the clean latents, and only the decoder computes, small images, each
+larger than the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from omni_ray.engine.replay import Answers, Computes, as_result, is_denoising, n
 if TYPE_CHECKING:
     from omni_ray.engine.lane import Lane
 
-SMALLEST = 16
+SCALES = (1 / 2, 3 / 8, 1 / 4)
+"""The size that is decoded, by the number of previews still to come. Three of them cost half of an image's decoding."""
+
+SMALLEST = 8
 """Latent pixels along an edge that are left at least when latents are made smaller."""
 
 
@@ -50,14 +53,14 @@ def clean_estimate(scheduler: Any, model_output: torch.Tensor, sample: torch.Ten
 
 
 class Tail:
-    """Answers a pipeline's calls with what ``answers`` holds, until its loop is over; after that the gate computes, at
-    half the height and width if ``is_small``: that costs a quarter of an image's decoding."""
+    """Answers a pipeline's calls with what ``answers`` holds, until its loop is over; after that the gate computes, on
+    latents whose edges are ``scale`` times as long."""
 
-    def __init__(self, answers: Answers, gate: Computes, *, is_small: bool) -> None:
+    def __init__(self, answers: Answers, gate: Computes, scale: float) -> None:
         self._before = list(answers.before)
         self._last = dict(answers.last)
         self._gate = gate
-        self._is_small = is_small
+        self._scale = scale
         self._ordinal = 0
         self._is_past = False
 
@@ -102,8 +105,9 @@ class Tail:
         if latents.ndim not in (4, 5):
             return latents
         frame = latents[:1, :, 0] if latents.ndim == 5 else latents[:1]
-        if self._is_small and min(frame.shape[-2:]) >= 2 * SMALLEST:
-            frame = torch.nn.functional.avg_pool2d(frame, 2)
+        scale = max(self._scale, SMALLEST / min(frame.shape[-2:]))
+        if scale < 1:
+            frame = torch.nn.functional.adaptive_avg_pool2d(frame, [round(scale * edge) for edge in frame.shape[-2:]])
         return frame.unsqueeze(2) if latents.ndim == 5 else frame
 
 

@@ -73,8 +73,8 @@ class GroupQueue:
         wait_s = max(starts[min(turn, len(starts) - 1)], 1.0)
         bisect.insort(self._returns, now + wait_s)
         return Overloaded(
-            f"{self._group} has {len(self.queued)} requests queued and {len(self._returns) - 1} announced, and its limit "
-            f"is {self.max_queued}; try again in {wait_s:.0f} s",
+            f"{self._group} has {len(self.queued)} requests queued and {len(self._returns) - 1} announced, and its "
+            f"limit is {self.max_queued}; try again in {wait_s:.0f} s",
             retry_after_s=wait_s,
         )
 
