@@ -197,6 +197,9 @@ class Capabilities:
     edits: dict[str, frozenset[str]] = field(default_factory=dict)
     """The fields of the pipelines that take an ``image``, or an image and a ``mask``, with the same modules."""
 
+    needs: frozenset[Literal["image", "mask"]] = frozenset()
+    """What the pipeline itself cannot do without."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:

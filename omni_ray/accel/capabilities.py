@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
@@ -24,6 +24,19 @@ INTERNAL = frozenset(
 )
 """Arguments of a pipeline's call that are the engine's business, or that no JSON body can hold."""
 
+
+IMAGES: dict[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}
+"""What comes with a request, and the argument of a pipeline's call that it becomes."""
+
+DRAW_FROM_IMAGES = (
+    "Img2ImgPipeline",
+    "InpaintPipeline",
+    "FillPipeline",
+    "EditPipeline",
+    "EditPlusPipeline",
+    "ImageToVideoPipeline",
+)
+"""How diffusers' names end of pipelines that cannot do without their images, whatever the signature says."""
 
 NO_EDITS: Mapping[str, DiffusionPipeline] = MappingProxyType({})
 
@@ -49,11 +62,12 @@ def read_capabilities(
             f"defaults of {group.id}: {type(pipe).__name__} takes no {', '.join(unknown)}; "
             f"it takes {', '.join(sorted(fields))}"
         )
+    own_images = {name for name, parameter in IMAGES.items() if parameter in parameters}
     has_count = {"num_images_per_prompt", "num_videos_per_prompt"} & set(parameters)
     return Capabilities(
         pipeline=type(pipe).__name__,
         output="video" if video else "image",
-        fields=frozenset(fields | ({"image"} & set(parameters))),
+        fields=frozenset(fields | own_images),
         edits={kind: frozenset(_fields(each) | {"image"}) for kind, each in edits.items()},
         defaults=defaults,
         size_multiple=_size_multiple(pipe),
@@ -62,6 +76,7 @@ def read_capabilities(
         max_steps=group.limits.max_steps,
         max_outputs=group.limits.max_outputs if has_count else 1,
         max_frames=group.limits.max_frames if video else 1,
+        needs=frozenset(own_images if type(pipe).__name__.endswith(DRAW_FROM_IMAGES) else ()),
     )
 
 

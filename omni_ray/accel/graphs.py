@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from omni_ray.accel.hooks import register
 from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.rotary import keep_no_angles
+from omni_ray.config.catalog import can_be_recorded
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
 
@@ -31,14 +33,18 @@ MAX_GRAPHS = 32
 def apply_cuda_graphs(pipe: DiffusionPipeline, group: DitGroup, device: torch.device) -> None:
     """Have every transformer record its kernels where the group wants it. Comes last: what it calls is recorded.
 
-    Raises ConfigError where the group asks for it and the device is no GPU.
+    Raises ConfigError where the group asks for it and the device is no GPU, or a transformer cannot be recorded.
     """
     is_asked = bool(group.compile.cuda_graphs)
     if is_asked and device.type != "cuda":
         raise ConfigError(f"compile.cuda_graphs: needs a GPU, and the device is {device.type}; set it to null")
     if group.records_on_gpus and device.type == "cuda":
-        for transformer in transformers_of(pipe).values():
-            register(transformer, "cuda_graphs", CudaGraphs(is_asked=is_asked))
+        keep_no_angles()
+        for name, transformer in transformers_of(pipe).items():
+            if can_be_recorded(type(transformer).__name__):
+                register(transformer, "cuda_graphs", CudaGraphs(is_asked=is_asked))
+            elif is_asked:
+                raise ConfigError(f"compile.cuda_graphs: {name} reads from the device as it runs; set it to null")
 
 
 @dataclass(frozen=True)
@@ -91,19 +97,27 @@ class CudaGraphs(ModelHook):  # type: ignore[misc]
             return False
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads (previews, decoding to files) may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs, out_structure = pytree.tree_flatten(call(*args, **kwargs))
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(stream)
+            logger.warning("no memory to record another shape; all recordings are dropped")
+            self._seen.clear()
+            self._recorded.clear()
+            return False
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # PyTorch leaves its own in place
             if self._is_asked:
-                raise
+                raise ConfigError(f"compile.cuda_graphs: cannot be recorded ({error}); set it to null") from error
             logger.warning("no CUDA graphs: the transformer cannot be recorded: %s", error)
             self._fails = True
             return False
         while len(self._recorded) >= MAX_GRAPHS:
-            self._recorded.popitem(last=False)
+            evicted, _ = self._recorded.popitem(last=False)
+            self._seen.discard(evicted)
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._recorded[key] = Recorded(graph, inputs, outputs, out_structure)
         return True

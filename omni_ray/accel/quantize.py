@@ -45,7 +45,7 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
                 f"quantization.kind {spec.kind!r} converts weights in bfloat16, but those of {name} are in "
                 f"{', '.join(sorted(others))}; set dtype: bfloat16"
             )
-        chosen = [linear for linear in linears.values() if fits(linear)]
+        chosen = [linear for path, linear in linears.items() if fits(linear) and not _is_read(path, spec.kind)]
         for linear in chosen:
             _convert(linear, convert, device)
         if not chosen:
@@ -110,6 +110,12 @@ def _is_inside(path: str, module: torch.nn.Module) -> bool:
     parents = path.split(".")
     above = [".".join(parents[:i]) for i in range(1, len(parents))]
     return any(isinstance(module.get_submodule(each), torch.nn.ModuleList) for each in above)
+
+
+def _is_read(path: str, kind: str) -> bool:
+    """Whether the model asks this Linear for its dtype, to convert what it gets: T5 does, and fp8 alone holds no
+    activations."""
+    return kind == "fp8" and path.endswith(".wo")
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -1,11 +1,9 @@
-"""Qwen-Image's rotary embedding in real numbers, which the compiler can join with what lies around it.
-
-diffusers multiplies complex numbers there, for which the compiler makes no code.
-"""
+"""Qwen-Image's rotary embedding, made fit for the compiler and for recordings."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,8 +13,16 @@ _complex: Callable[..., torch.Tensor] = transformer_qwenimage.apply_rotary_emb_q
 
 
 def rotate_in_real_numbers() -> None:
-    """From now on all Qwen-Image transformers of this process do so."""
+    """From now on all Qwen-Image transformers of this process do so. diffusers multiplies complex numbers, for which
+    the compiler makes no code."""
     transformer_qwenimage.apply_rotary_emb_qwen = _rotate
+
+
+def keep_no_angles() -> None:
+    """From now on the angles of each size are computed anew: diffusers keeps those of the last 128 sizes, and a
+    recording would go on to read those that it no longer keeps."""
+    rope = transformer_qwenimage.QwenEmbedRope
+    rope._compute_video_freqs = inspect.unwrap(rope._compute_video_freqs)
 
 
 @functools.wraps(_complex)

@@ -16,6 +16,9 @@ from omni_ray.config.keys import KeyLimits
 from omni_ray.errors import RequestError
 from omni_ray.messages import Job, MediaFormat, Route
 
+NO_FIELDS = {"prompt", "image", "mask"}
+"""What a body calls otherwise, or does not hold."""
+
 FORMATS: dict[str, tuple[MediaFormat, ...]] = {"image": ("png", "jpeg", "webp"), "video": ("mp4",)}
 """By the kind of output; the first is the default."""
 
@@ -76,9 +79,11 @@ def _fields(inputs: Inputs, limits: dict[str, Any]) -> set[str]:
 
 
 def _image_problems(inputs: Inputs, limits: dict[str, Any]) -> Problems:
-    takes = {"image"} & {*limits["fields"]} | {*limits["edits"]}
-    if inputs.needs_image and not inputs.images:
+    takes = {"image", "mask"} & {*limits["fields"]} | {*limits["edits"]}
+    if (inputs.needs_image or "image" in limits["needs"]) and not inputs.images:
         yield "image", "is missing; send at least one"
+    if "mask" in limits["needs"] and not inputs.mask:
+        yield "mask", "is missing: this model draws inside one"
     if inputs.images and "image" not in takes:
         yield "image", "is not taken: this model draws from text alone"
     if inputs.mask and "mask" not in takes:
@@ -95,9 +100,9 @@ def _text_problems(texts: dict[str, str | None], max_chars: int, needs_prompt: b
 
 def _field_problems(request: Generation, fields: set[str], defaults: dict[str, Any]) -> Problems:
     extra = request.__pydantic_extra__
-    taken = ", ".join(sorted({*fields} - {"prompt", "image"}))
+    taken = ", ".join(sorted({*fields} - NO_FIELDS))
     for name, value in request.pipeline_args.items():
-        if name in ("prompt", "image") or (name in extra and name not in fields):
+        if name in NO_FIELDS or (name in extra and name not in fields):
             known = {*type(request).model_fields, *fields}
             yield name, f"is no field of this request{did_you_mean(name, known) or '; its pipeline takes ' + taken}"
         elif name not in fields:

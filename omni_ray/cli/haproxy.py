@@ -21,7 +21,7 @@ from omni_ray.errors import Unavailable
 
 DEFAULTS = "defaults\n"
 FRONTEND = "frontend http_frontend\n"
-IS_OURS = "res.hdr(content-type) -m beg application/json"
+IS_SERVES = "res.hdr(content-type) -m beg text/plain"
 BACKEND = "    use_backend "
 NOTHING_HERE = "    http-request return status 404 "
 ASK_THE_SILENT = """\
@@ -29,7 +29,7 @@ ASK_THE_SILENT = """\
     srvtcpka-idle 2s
     srvtcpka-intvl 1s
     srvtcpka-cnt 3
-    default-server tcp-ut 5s
+    default-server tcp-ut 30s
     option clitcpka
     clitcpka-idle 15s
     clitcpka-intvl 5s
@@ -58,7 +58,9 @@ def change(config: Path) -> None:
     if BACKEND not in text:
         lines = text.splitlines(keepends=True)
         text = "".join(f"    http-request {told}\n" if line.startswith(NOTHING_HERE) else line for line in lines)
-    rule = f"    http-response {told} if {{ status 404 500 }} !{{ {IS_OURS} }}\n"
+    if FRONTEND not in text or DEFAULTS not in text:
+        raise RuntimeError(f"{config} is not what Ray Serve was known to write; omni_ray cannot change it")
+    rule = f"    http-response {told} if {{ status 404 500 }} {{ {IS_SERVES} }}\n"
     text = text.replace(FRONTEND, FRONTEND + rule).replace(DEFAULTS, DEFAULTS + ASK_THE_SILENT)
     config.write_text(text)
 

@@ -87,6 +87,9 @@ class Family:
     has_cache_dit: bool = True
     """Whether the cache-dit library has an adapter for it."""
 
+    can_be_recorded: bool = True
+    """Whether its forward neither reads from the device nor copies to it, which no CUDA graph can hold."""
+
     @property
     def axes(self) -> tuple[Axis, ...]:
         sequence: tuple[Axis, ...] = ("ulysses", "ring") if self.sequence else ()
@@ -156,6 +159,7 @@ QWEN_IMAGE = Family(
 HUNYUAN_IMAGE = Family(
     "HunyuanImageTransformer2DModel",
     stacks={"transformer_blocks": IMAGE_TEXT, "single_transformer_blocks": IMAGE_TEXT},
+    can_be_recorded=False,
 )
 
 _Z_IMAGE_LAYERS = ("noise_refiner", "context_refiner", "layers")
@@ -265,11 +269,17 @@ HELIOS = Family(
         lengths={"blocks.*": _HELIOS_TAIL, "norm_out": _HELIOS_TAIL},
     ),
     stacks={"blocks": SELF},
+    can_be_recorded=False,
 )
 
 FAMILIES = {
     family.transformer: family for family in (FLUX, FLUX2, QWEN_IMAGE, HUNYUAN_IMAGE, Z_IMAGE, SD3, WAN, HELIOS)
 }
+
+
+def can_be_recorded(transformer: str) -> bool:
+    """Whether CUDA graphs may be made of a transformer of this class; of an unknown one it has to be tried."""
+    return transformer not in FAMILIES or FAMILIES[transformer].can_be_recorded
 
 
 def refusals(transformer: str, config: Mapping[str, Any], parallel: DitParallel) -> list[str]:

@@ -250,9 +250,9 @@ class DitGroup(Group):
     @property
     def against_cuda_graphs(self) -> str:
         """The key whose value lets a transformer do another thing at every step, which no recording can; or empty."""
-        if self.cache.kind != "none" or self.offload.kind != "none":
-            return "cache.kind" if self.cache.kind != "none" else "offload.kind"
-        return "parallel" if self.parallel.num_ranks > 1 else ""
+        blocks = {"cache.kind": self.cache.kind != "none", "offload.kind": self.offload.kind != "none"}
+        blocks["parallel"] = self.parallel.num_ranks > 1
+        return next((key for key, is_set in blocks.items() if is_set), "")
 
     @property
     def records_on_gpus(self) -> bool:

@@ -158,7 +158,7 @@ class Lane:
         return scheduler
 
     def _begin_window(self) -> None:
-        """The pipeline begins its loop anew, for the next frames. No snapshot would hold those before it."""
+        """The pipeline begins its loop anew, for the next frames or stage. No snapshot would hold those before it."""
         self._window_began_at = self.step
         self.kept.clear()
         self._saved_at = math.inf
@@ -239,8 +239,8 @@ class Lane:
             self._emit(Failure(job_id=self.id, error=self._explain(error)))
         finally:
             self._gate.leave(self)
-            # These two hold the lane, which holds them: such a cycle would keep its tensors for a while.
-            del self._pipe.scheduler.step, self._pipe
+            # These hold the lane, which holds them: such a cycle would keep its tensors for a while.
+            del self._pipe.scheduler.step, self._pipe.scheduler.set_timesteps, self._pipe
             self._answers = None
             self.kept.clear()
 
@@ -283,14 +283,18 @@ class Lane:
 
 
 def num_windows(pipe: DiffusionPipeline, params: Mapping[str, Any]) -> int:
-    """How often a pipeline runs its loop for a request: Helios makes so many frames at a time."""
+    """How often a pipeline runs its loop for a request: Helios makes so many frames at a time, each in one or several
+    stages."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "num_latent_frames_per_chunk" not in parameters:
         return 1
     latents, frames = (
         params.get(name, parameters[name].default) for name in ("num_latent_frames_per_chunk", "num_frames")
     )
-    return max(1, math.ceil(frames / ((latents - 1) * pipe.vae_scale_factor_temporal + 1)))
+    stages = "pyramid_num_inference_steps_list"
+    num_stages = len(parameters[stages].default) if stages in parameters else 1
+    window = (int(latents) - 1) * int(pipe.vae_scale_factor_temporal) + 1
+    return num_stages * max(1, math.ceil(int(frames) / window))
 
 
 def _tell_nobody(event: Event) -> None:

@@ -24,6 +24,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise RequestError(f"the input image cannot be read: {error}; send PNG, JPEG or WebP", param="image") from error
 
 
+def blank_image(size: tuple[int, int]) -> bytes:
+    """A white PNG, of so many pixels across and down."""
+    return encode_image(Image.new("RGB", size, "white"), "png", 100)
+
+
 def decode_mask(data: bytes) -> Image.Image:
     """White where to draw anew: OpenAI's masks say so by being transparent, those of others by being white."""
     mask = Image.open(io.BytesIO(data))

@@ -98,7 +98,10 @@ class Tail:
         if skips_loop:
             scheduler.set_timesteps = set_last
         pipe.__dict__["scheduler"] = scheduler
-        return call(pipe)
+        try:
+            return call(pipe)
+        finally:
+            vars(scheduler).clear()  # its step holds it, and the answers
 
     def _first(self, latents: torch.Tensor) -> torch.Tensor:
         """The first of a batch of latents ``[B, C, (F,) H, W]``, and of a video the first frame."""
@@ -107,7 +110,9 @@ class Tail:
         frame = latents[:1, :, 0] if latents.ndim == 5 else latents[:1]
         scale = max(self._scale, SMALLEST / min(frame.shape[-2:]))
         if scale < 1:
-            frame = torch.nn.functional.adaptive_avg_pool2d(frame, [round(scale * edge) for edge in frame.shape[-2:]])
+            frame = torch.nn.functional.adaptive_avg_pool2d(
+                frame, (round(scale * frame.shape[-2]), round(scale * frame.shape[-1]))
+            )
         return frame.unsqueeze(2) if latents.ndim == 5 else frame
 
 

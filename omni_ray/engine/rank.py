@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -17,6 +18,7 @@ import ray
 
 from omni_ray.config.spec import DitGroup
 from omni_ray.engine.meters import RankMeters
+from omni_ray.errors import EngineFailed
 from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, Usage
 from omni_ray.watch import look_after_neighbours
 
@@ -162,17 +164,27 @@ class Rank:
 
     def _warm_up(self, capabilities: Capabilities) -> None:
         """Run the pipeline once for two steps, so that no request waits for the compiler."""
+        from omni_ray.engine.media import blank_image
+
+        size = capabilities.defaults.get("width", 512), capabilities.defaults.get("height", 512)
         job = Job(
             id=f"warm-up-{self._replica_id}",
             model=self._group.name,
             group=self._group.id,
             params={"prompt": "warm-up", "num_inference_steps": 2},
+            images=(blank_image(size),) if "image" in capabilities.needs else (),
+            mask=blank_image(size) if "mask" in capabilities.needs else None,
         )
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._engine.submit(self._complete(job, capabilities), events.put)
-        while not isinstance(event := events.get(), Usage):
+        event: Event | None = None
+        while not isinstance(event, Usage):
+            with contextlib.suppress(queue.Empty):
+                event = events.get(timeout=1)
             if isinstance(event, Failure):
                 raise event.error
+            if not self._engine.alive():
+                raise EngineFailed("the engine's loop ended during the warm-up; its log says why")
 
     @property
     def _engine(self) -> EngineLoop:

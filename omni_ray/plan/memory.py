@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from omni_ray.config.catalog import can_be_recorded
 from omni_ray.config.spec import ArGroup, DitGroup
 from omni_ray.plan.autoencoders import Autoencoder
 from omni_ray.plan.checkpoint import Component
@@ -113,7 +114,8 @@ def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request,
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
     forwards = [forward_bytes(group, model, request, width) for model in models]
     decodes = [decode_bytes(vae, request, width) / decode_ranks(group, vae) for vae in vaes]
-    if on_gpu and group.records_on_gpus:
+    transformers = [part.component.cls for part in parts if isinstance(part.model, Transformer)]
+    if on_gpu and group.records_on_gpus and all(map(can_be_recorded, transformers)):
         return sum(forwards) + max([0.0, *decodes])
     return max([0.0, *forwards, *decodes])
 

@@ -17,6 +17,9 @@ RETELL_S = 1.0
 RETURNS_AFTER_S = 2.0
 """A refused client that has not come back so long after its time has lost its turn."""
 
+MOST_RETURNS = 256
+"""Refused clients that are reckoned with at once."""
+
 
 class GroupQueue:
     """``num_replicas`` tells how many there are now, ``places_each`` how many jobs each of them runs at once."""
@@ -53,15 +56,18 @@ class GroupQueue:
         return play_forward(running, [*queued, *[mean] * more], self._num_replicas(), self._num_places)
 
     def admit(self, record: JobRecord, *, always: bool = False) -> None:
-        """Queue the job; Overloaded, with the seconds to wait, if no place in the queue is free that is not kept for a
-        client who was refused before, and not ``always``. Who comes when such a client is due is taken to be it."""
+        """Queue the job; Overloaded, with the seconds to wait, if no place in the queue is free but those kept for
+        clients who were refused before and are due before this job would start, and not ``always``. Who comes when such
+        a client is due is taken to be it."""
         now = time.monotonic()
         self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
         is_due = not always and bool(self._returns) and self._returns[0] <= now
         if is_due:
             self._returns.pop(0)
         num_free = self.max_queued - len(self.queued)
-        if not always and num_free <= (0 if is_due else len(self._returns)):
+        would_start_at = now + self._play_forward(more=1)[1][-1]
+        num_kept = 0 if is_due else bisect.bisect(self._returns, would_start_at)
+        if not always and num_free <= num_kept:
             raise self._refusal(now, is_due, num_free)
         self.queued.append(record)
 
@@ -69,11 +75,12 @@ class GroupQueue:
         """A place in the queue is free when its first job starts; those who were refused before come first. Who is due
         and finds none gets the next one."""
         _, starts = self._play_forward(more=len(self._returns) + 1)
-        turn = bisect.bisect_left(self._returns, now + starts[0]) if is_due else len(self._returns) - num_free
-        wait_s = max(starts[min(turn, len(starts) - 1)], 1.0)
-        bisect.insort(self._returns, now + wait_s)
+        before = bisect.bisect_left(self._returns, now + starts[0]) if is_due else len(self._returns) - num_free
+        wait_s = max(starts[min(max(before, 0), len(starts) - 1)], 1.0)
+        if len(self._returns) < MOST_RETURNS:
+            bisect.insort(self._returns, now + wait_s)
         return Overloaded(
-            f"{self._group} has {len(self.queued)} requests queued and {len(self._returns) - 1} announced, and its "
+            f"{self._group} has {len(self.queued)} requests queued and {len(self._returns)} announced, and its "
             f"limit is {self.max_queued}; try again in {wait_s:.0f} s",
             retry_after_s=wait_s,
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
 from omni_ray.config.live import LiveConfig
 from omni_ray.config.spec import ArGroup, DitGroup, Model, OmniSpec, Pipeline
@@ -35,6 +35,10 @@ logger = logging.getLogger("ray.serve")
 STATUS_MAX_AGE_S = 0.5
 STATUS_TIMEOUT_S = 2.0
 """So long Ray Serve's controller may take to answer; then what it said last counts."""
+
+
+CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""States of a deployment whose replicas, if it has none now, Ray Serve starts for a request."""
 
 
 class Router:
@@ -148,7 +152,8 @@ class Router:
             return limits
         described = dataclasses.asdict(dispatcher.capabilities)
         edits = {kind: sorted(fields) for kind, fields in described["edits"].items()}
-        return limits | described | {"fields": sorted(described["fields"]), "edits": edits}
+        sets = {name: sorted(described[name]) for name in ("fields", "needs")}
+        return limits | described | sets | {"edits": edits}
 
     async def status(self) -> tuple[GroupStatus, ...]:
         """Replicas, load progress and queue of every group, as Ray Serve and the replicas tell it."""
@@ -178,7 +183,7 @@ class Router:
         dispatcher = self._groups.get(group.id)
         return GroupStatus(
             group=group.id,
-            ready=replicas.get("RUNNING", 0) > 0,
+            ready=is_ready(group, deployment),
             replicas=replicas,
             progress=tuple(self._progress[group.id].values()),
             num_queued=len(dispatcher.queue.queued) if dispatcher else 0,
@@ -186,3 +191,12 @@ class Router:
             outstanding_s=dispatcher.queue.outstanding_s if dispatcher else 0.0,
             message=deployment.message if deployment else "",
         )
+
+
+def is_ready(group: ArGroup | DitGroup, deployment: DeploymentStatusOverview | None) -> bool:
+    """Whether a request finds a replica: one that runs or, of a group that may have none, one started for it."""
+    if deployment is None:
+        return False
+    may_have_none = group.autoscaling is not None and group.autoscaling.min_replicas == 0
+    runs = any(state == "RUNNING" and num > 0 for state, num in deployment.replica_states.items())
+    return runs or (may_have_none and deployment.status in CAN_START)

@@ -28,6 +28,7 @@ LIMITS = {
     "max_frames": 1,
     "max_prompt_chars": 100,
     "edits": {},
+    "needs": [],
 }
 VIDEO_LIMITS = LIMITS | {
     "output": "video",
@@ -165,6 +166,16 @@ def test_frames_and_input_images() -> None:
         job_of(VIDEO_LIMITS, num_frames=10)
     with pytest.raises(RequestError, match="image: is not taken"):
         job_of(LIMITS, (b"png",))
+
+
+@pytest.mark.parametrize(
+    ("images", "mask", "message"), [((), None, "image: is missing"), ((b"png",), None, "mask: is missing")]
+)
+def test_what_a_pipeline_cannot_do_without(images: tuple[bytes, ...], mask: bytes | None, message: str) -> None:
+    limits = LIMITS | {"fields": [*LIMITS["fields"], "image", "mask"], "needs": ["image", "mask"]}  # type: ignore[misc]
+    with pytest.raises(RequestError, match=message):
+        job_of(limits, images, mask)
+    assert job_of(limits, (b"png",), b"mask").mask == b"mask"
 
 
 def test_the_pipelines_that_edit_take_other_fields() -> None:

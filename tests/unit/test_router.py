@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve.schema import DeploymentStatusOverview
 
-from omni_ray.config.spec import DitGroup
+from omni_ray.config.spec import Autoscaling, DitGroup
 from omni_ray.errors import Overloaded, Unavailable
 from omni_ray.messages import Event, Failure, Job, Media, Snapshot, StepEvent, Usage
 from omni_ray.router import balance
@@ -21,6 +22,7 @@ from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
 from omni_ray.router.quota import Quotas
+from omni_ray.router.router import is_ready
 
 
 def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
@@ -108,6 +110,21 @@ async def test_a_free_place_is_kept_for_who_was_refused(monkeypatch: pytest.Monk
     await queue.leave(new)
     clock.now += 100.0
     queue.admit(new)  # nobody came
+
+
+async def test_an_idle_group_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr("omni_ray.router.queue.time", clock)
+    queue = GroupQueue("m", max_queued=2, num_replicas=lambda: 1, places_each=1)
+    records = [JobRecord(job=job(str(i)), cost_s=30.0) for i in range(2)]
+    for record in records:
+        queue.admit(record)
+    for _ in range(5):  # of whom none comes back
+        with pytest.raises(Overloaded):
+            queue.admit(JobRecord(job=job("x"), cost_s=30.0))
+    for record in records:
+        await queue.leave(record)
+    queue.admit(records[0])
 
 
 async def test_who_comes_back_too_early_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +215,27 @@ async def test_a_lost_job_goes_on_from_its_last_snapshot() -> None:
     assert isinstance(events[-1], Usage)
     assert [each.resume for each in replicas.asked] == [None, b"latents", b"latents", b"latents"]
     assert len({each.id for each in replicas.asked}) == 4
+
+
+@pytest.mark.parametrize(
+    ("min_replicas", "status", "states", "wanted"),
+    [
+        (1, "HEALTHY", {"RUNNING": 1}, True),
+        (1, "UPSCALING", {"STARTING": 1}, False),
+        (1, "HEALTHY", {}, False),
+        (0, "HEALTHY", {}, True),
+        (0, "UPSCALING", {"STARTING": 1}, True),
+        (0, "DEPLOY_FAILED", {}, False),
+    ],
+)
+def test_a_group_that_may_have_no_replica_is_ready_without(
+    min_replicas: int, status: str, states: dict[str, int], wanted: bool
+) -> None:
+    bounds = Autoscaling(min_replicas=min_replicas, max_replicas=2)
+    group = DitGroup(type="dit", name="m", source="demo:image", autoscaling=bounds)
+    overview: Any = DeploymentStatusOverview(status, "UNSPECIFIED", states, "")  # type: ignore[arg-type]
+    assert is_ready(group, overview) is wanted
+    assert not is_ready(group, None)
 
 
 async def test_three_lost_replicas_end_in_one_clear_error() -> None:
