@@ -20,6 +20,9 @@ def report(plan: Plan, fixes: Sequence[Fix] = ()) -> str:
     lines = [f"inventory: {describe(plan.inventory)}"]
     for group in plan.groups:
         lines += ["", *_group(group)]
+    has_jobs = any(isinstance(group, DitGroup) for group in plan.spec.groups)
+    if has_jobs and len(plan.inventory) > 1 and "folder" not in plan.spec.jobs.model_fields_set:
+        lines += ["", f"jobs: in {plan.spec.jobs.folder} of one node; set jobs.folder to one that all nodes share"]
     refusals = plan.refusals
     lines += ["", *(f"refused: {refusal}" for refusal in refusals)]
     if refusals:
