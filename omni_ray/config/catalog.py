@@ -91,6 +91,10 @@ class Family:
     """Whether its forward neither reads from the device nor copies to it, which no CUDA graph can hold."""
 
     @property
+    def has_no_curve(self) -> bool:
+        return self.teacache_coefficients == (1.0, 0.0)
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         sequence: tuple[Axis, ...] = ("ulysses", "ring") if self.sequence else ()
         tensor: tuple[Axis, ...] = ("tensor",) if self.tensor else ()

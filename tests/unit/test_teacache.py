@@ -111,6 +111,24 @@ def test_the_polynomial_is_numpys() -> None:
         assert Curve(coefficients=coefficients)(x) == pytest.approx(float(np.polyval(coefficients, x)))
 
 
+@pytest.mark.parametrize(
+    ("family", "spec", "advice"),
+    [
+        ("wan", {}, "no polynomial is known for transformer, transformer_2"),
+        ("wan", {"coefficients": IDENTITY}, ""),
+        ("flux", {}, ""),
+        ("flux", {"kind": "both", "cache_dit": {"Fn_compute_blocks": 1}}, "measure each alone first"),
+    ],
+)
+def test_the_log_advises(
+    family: str, spec: dict[str, Any], advice: str, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached(tiny(family), Cache.model_validate({"kind": "teacache"} | spec))
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("omni_ray")]
+    assert len(told) == bool(advice)
+    assert advice in "".join(told)
+
+
 def test_an_unknown_family_is_refused() -> None:
     class Pipe:
         components = {"transformer": torch.nn.Linear(1, 1)}  # noqa: RUF012

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
@@ -14,6 +15,8 @@ from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.config.catalog import FAMILIES
 from omni_ray.config.spec import Cache
 from omni_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def apply_cache(
@@ -37,8 +40,22 @@ def apply_cache(
         for name, family in families.items()
         if family and family.stacks and (wants_tea or (wants_dit and shards))
     }
+    _advise(spec, [name for name, family in families.items() if family and wants_tea and family.has_no_curve])
     tea = TeaCache(stacks, *curves_of(spec, pipe), shards) if wants_tea else None
     return tea, CacheDit(spec.cache_dit, adapters, stacks if shards else {}) if wants_dit else None
+
+
+def _advise(spec: Cache, without_curve: Sequence[str]) -> None:
+    """Say in the log what a user would want to know who sees the images change."""
+    if spec.kind == "both":
+        logger.warning("cache.kind both: TeaCache and Cache-DiT add up their errors; measure each alone first")
+    if without_curve and spec.calibration is None and spec.coefficients is None:
+        logger.warning(
+            "cache.threshold %g bounds the plain distance of the signal: no polynomial is known for %s; "
+            "`omni-ray calibrate` makes one",
+            spec.threshold,
+            ", ".join(without_curve),
+        )
 
 
 def _check(pipe: DiffusionPipeline) -> None:
