@@ -32,6 +32,11 @@ class Flag:
     types: tuple[str, ...] = ("ar", "dit")
 
 
+def _list(text: str) -> list[str]:
+    """``[a, b]``, as several values come, or one."""
+    return [each.strip() for each in text.removeprefix("[").removesuffix("]").split(",")]
+
+
 DIT = ("dit",)
 FLAGS = (
     Flag(("--served-model-name",), "name"),
@@ -60,15 +65,28 @@ FLAGS = (
     Flag(("--enable-teacache",), "cache.kind", constant="teacache", types=DIT),
     Flag(("--teacache-threshold",), "cache.threshold", float, types=DIT),
     Flag(("--teacache-calibration",), "cache.calibration", types=DIT),
+    Flag(("--teacache-psnr",), "cache.quality.psnr", float, types=DIT),
+    Flag(("--teacache-coefficients",), "cache.coefficients", yaml.safe_load, types=DIT),
+    Flag(("--teacache-max-consecutive-skips",), "cache.max_consecutive_skips", int, types=DIT),
     Flag(("--enable-cache-dit",), "cache.kind", constant="cache_dit", types=DIT),
     Flag(("--cache-backend",), "cache.kind", lambda kind: kind.replace("tea_cache", "teacache"), types=DIT),
     Flag(("--cache-config",), "cache.cache_dit", json.loads, types=DIT),
     Flag(("--attention-backend", "--diffusion-attention-backend"), "attention.backend", types=DIT),
+    Flag(("--quantization-components",), "quantization.components", _list, types=DIT),
+    Flag(("--quantization-skip",), "quantization.skip", _list, types=DIT),
     Flag(("--enforce-eager",), "compile.mode", constant="none", types=DIT),
+    Flag(("--compile-mode",), "compile.mode", types=DIT),
+    Flag(("--enable-cuda-graphs",), "compile.cuda_graphs", constant=True, types=DIT),
+    Flag(("--disable-cuda-graphs",), "compile.cuda_graphs", constant=False, types=DIT),
     Flag(("--max-num-seqs",), "batching.max_num_seqs", int, types=DIT),
     Flag(("--max-num-batched-tokens",), "batching.max_num_batched_tokens", int, types=DIT),
     Flag(("--max-pixels",), "limits.max_pixels", int, types=DIT),
+    Flag(("--max-steps",), "limits.max_steps", int, types=DIT),
+    Flag(("--max-frames",), "limits.max_frames", int, types=DIT),
 )
+
+OF_TEACACHE = {"rel_l1_thresh": "--teacache-threshold", "coefficients": "--teacache-coefficients"}
+"""Keys of a `--cache-config` that are TeaCache's, and the flags that say the same."""
 
 
 def file_of(model: str, flags: Sequence[str], type_: str | None) -> ServeFile:
@@ -80,8 +98,9 @@ def file_of(model: str, flags: Sequence[str], type_: str | None) -> ServeFile:
     name = Path(model).name.removeprefix("demo:") if not model.startswith("demo:") else model.replace(":", "-")
     group: dict[str, Any] = {"name": name, "type": type_, "source": model}
     asked: dict[str, Any] = {}
-    for flag, value in _pairs(flags, type_):
-        _set(asked, flag, value, type_)
+    for pair in _pairs(flags, type_):
+        for flag, value in _spelt_out(*pair):
+            _set(asked, flag, value, type_)
     group |= asked
     application = {
         "name": "omni",
@@ -96,6 +115,17 @@ def file_of(model: str, flags: Sequence[str], type_: str | None) -> ServeFile:
             return load_file(file)
         except ConfigError as error:
             raise ConfigError("\n".join(line.split(": ", 1)[-1] for line in error.message.splitlines())) from error
+
+
+def _spelt_out(flag: str, value: str | None) -> list[tuple[str, str | None]]:
+    """TeaCache's keys of a `--cache-config` as flags of their own."""
+    try:
+        config = json.loads(value or "") if flag == "--cache-config" else None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not config or not config.keys() <= OF_TEACACHE.keys():
+        return [(flag, value)]
+    return [(OF_TEACACHE[key], json.dumps(each)) for key, each in config.items()]
 
 
 def show(file: ServeFile) -> str:

@@ -40,7 +40,24 @@ def test_both_caches_and_the_peers_own_names() -> None:
     assert made.cache.kind == "teacache"
     made = group(QWEN_IMAGE, "--cache-backend", "cache_dit", "--cache-config", '{"Fn_compute_blocks": 1}')
     assert made.cache.cache_dit.Fn_compute_blocks == 1
+    made = group(QWEN_IMAGE, "--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 0.3}')
+    assert made.cache.threshold == 0.3
     assert group(QWEN_IMAGE, "--enable-cpu-offload").offload.kind == "model"
+
+
+def test_every_lever_has_a_flag() -> None:
+    flags = ["--quantization", "int8", "--quantization-components", "transformer", "text_encoder"]
+    flags += ["--quantization-skip", "*.proj_out", "--compile-mode", "regional", "--disable-cuda-graphs"]
+    made = group(QWEN_IMAGE, *flags, "--max-steps", "60", "--max-frames", "5")
+    assert made.quantization.components == ("transformer", "text_encoder")
+    assert made.quantization.skip == ("*.proj_out",)
+    assert (made.compile.mode, made.compile.cuda_graphs) == ("regional", False)
+    assert (made.limits.max_steps, made.limits.max_frames) == (60, 5)
+    flags = ["--enable-teacache", "--teacache-coefficients", "2", "0.5", "--teacache-max-consecutive-skips", "3"]
+    cache = group(QWEN_IMAGE, *flags).cache
+    assert (cache.coefficients, cache.max_consecutive_skips) == ((2, 0.5), 3)
+    flags = ["--enable-teacache", "--teacache-calibration", "c.json", "--teacache-psnr", "32"]
+    assert group(QWEN_IMAGE, *flags).cache.quality.psnr == 32
 
 
 def test_a_language_model_takes_vllms_flags() -> None:
@@ -53,9 +70,13 @@ def test_a_language_model_takes_vllms_flags() -> None:
 def test_every_flag_means_a_key_of_the_spec() -> None:
     values = {"int": "2", "float": "0.5", "loads": "{}"}
     own = {"device": "cpu", "dtype": "float32", "load_format": "dummy", "quantization.kind": "int8"}
-    own |= {"cache.kind": "teacache", "parallel.cfg": "2", "cache.calibration": "x"}
+    own |= {"cache.kind": "teacache", "parallel.cfg": "2", "cache.calibration": "x", "compile.mode": "regional"}
+    own |= {"cache.coefficients": "[1, 0]", "cache.quality.psnr": "32"}
     needs = {"offload.cpu_offload_gb": ["--enable-cpu-offload"], "cache.threshold": ["--enable-teacache"]}
     needs |= {"cache.calibration": ["--enable-teacache"], "cache.cache_dit": ["--enable-cache-dit"]}
+    needs |= dict.fromkeys(("cache.coefficients", "cache.max_consecutive_skips"), ["--enable-teacache"])
+    needs |= {"cache.quality.psnr": ["--enable-teacache", "--teacache-calibration", "x"]}
+    needs |= dict.fromkeys(("quantization.components", "quantization.skip"), ["--quantization", "int8"])
     for flag in FLAGS:
         for type_ in flag.types:
             value = own.get(flag.path, values.get(getattr(flag.convert, "__name__", ""), "x"))
