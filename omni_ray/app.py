@@ -14,6 +14,7 @@ import ray
 from ray import serve
 
 from omni_ray.api.app import Api
+from omni_ray.config.serve_file import deployment_name
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec
 from omni_ray.engine.gang import Gang
 from omni_ray.errors import ConfigError
@@ -67,10 +68,6 @@ def _edge() -> tuple[int, dict[str, float]]:
 
 def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-
-
-def deployment_name(group_id: str) -> str:
-    return group_id.replace(":", "--")
 
 
 def _dit_group(group: DitGroup, placement: Placement) -> serve.Application:

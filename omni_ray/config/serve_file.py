@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
+from omni_ray.config.live import LiveConfig
+from omni_ray.config.nearest import hint
 from omni_ray.config.spec import ArGroup, Block, DitGroup, OmniSpec, Pipeline
 
 BUILDERS = ("omni_ray.app:build", "omni_ray.app.build")
@@ -67,6 +69,30 @@ class OmniApplication(Application):
 
     import_path: Literal["omni_ray.app:build", "omni_ray.app.build"]
     args: OmniSpec = Field(description="The spec: models, and how they are served.")
+
+    @model_validator(mode="after")
+    def _deployments_are_known(self) -> Self:
+        groups = {deployment_name(group.id): group for group in self.args.groups}
+        known = ("Router", "Api", *groups)
+        for i, deployment in enumerate(self.deployments):
+            name, live = str(deployment.get("name")), deployment.get("user_config") or {}
+            if name not in known:
+                raise ValueError(f"deployments[{i}].name: {name!r} is no deployment of this file; {hint(name, known)}")
+            of_group = live if name == "Router" else {name: live} if isinstance(groups.get(name), DitGroup) else {}
+            for config in of_group.values():
+                try:
+                    LiveConfig.model_validate(config)
+                except ValidationError as error:
+                    wrong = error.errors()[0]
+                    key = ".".join(map(str, wrong["loc"]))
+                    what = "changes in no running group" if wrong["type"] == "extra_forbidden" else wrong["msg"]
+                    raise ValueError(f"deployments[{i}].user_config: {key}: {what}") from None
+        return self
+
+
+def deployment_name(group_id: str) -> str:
+    """What Ray Serve calls the deployment of a group."""
+    return group_id.replace(":", "--")
 
 
 def is_ours(application: dict[str, Any]) -> bool:

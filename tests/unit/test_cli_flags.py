@@ -74,9 +74,9 @@ def test_every_flag_means_a_key_of_the_spec() -> None:
     own |= {"cache.coefficients": "[1, 0]", "cache.quality.psnr": "32"}
     needs = {"offload.cpu_offload_gb": ["--enable-cpu-offload"], "cache.threshold": ["--enable-teacache"]}
     needs |= {"cache.calibration": ["--enable-teacache"], "cache.cache_dit": ["--enable-cache-dit"]}
-    needs |= dict.fromkeys(("cache.coefficients", "cache.max_consecutive_skips"), ["--enable-teacache"])
+    needs |= {key: ["--enable-teacache"] for key in ("cache.coefficients", "cache.max_consecutive_skips")}
     needs |= {"cache.quality.psnr": ["--enable-teacache", "--teacache-calibration", "x"]}
-    needs |= dict.fromkeys(("quantization.components", "quantization.skip"), ["--quantization", "int8"])
+    needs |= {key: ["--quantization", "int8"] for key in ("quantization.components", "quantization.skip")}
     for flag in FLAGS:
         for type_ in flag.types:
             value = own.get(flag.path, values.get(getattr(flag.convert, "__name__", ""), "x"))

@@ -184,6 +184,18 @@ BROKEN = {
         "applications[1].name",
         "'omni' is also applications[0]'s",
     ),
+    "a deployment that is none": (
+        HEAD + IMAGE + "    deployments: [{name: imge}]\n",
+        "7:26",
+        "applications[0].deployments[0].name",
+        "did you mean 'image'?",
+    ),
+    "a change in place of what cannot": (
+        HEAD + IMAGE + "    deployments: [{name: image, user_config: {cache: {kind: teacache}}}]\n",
+        "7:46",
+        "applications[0].deployments[0].user_config",
+        "cache.kind: changes in no running group",
+    ),
     "text instead of a number": (
         HEAD + CHAT.replace("}", ", num_replicas: two}"),
         "6:67",

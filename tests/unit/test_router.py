@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.schema import DeploymentStatusOverview
 
 from omni_ray.config.spec import Autoscaling, DitGroup
-from omni_ray.errors import Overloaded, Unavailable
+from omni_ray.errors import ConfigError, Overloaded, Unavailable
 from omni_ray.messages import Event, Failure, Job, Media, Snapshot, StepEvent, Usage
 from omni_ray.router import balance
 from omni_ray.router.balance import LeastSeconds
@@ -22,7 +22,7 @@ from omni_ray.router.group import GroupDispatcher
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
 from omni_ray.router.quota import Quotas
-from omni_ray.router.router import is_ready
+from omni_ray.router.router import Router, is_ready
 
 
 def job(name: str = "j", steps: int = 20, size: int = 1024, n: int = 1, **params: Any) -> Job:
@@ -236,6 +236,16 @@ def test_a_group_that_may_have_no_replica_is_ready_without(
     overview: Any = DeploymentStatusOverview(status, "UNSPECIFIED", states, "")  # type: ignore[arg-type]
     assert is_ready(group, overview) is wanted
     assert not is_ready(group, None)
+
+
+def test_the_bound_of_a_queue_changes_in_place() -> None:
+    router, handle = Router.__new__(Router), None
+    dispatcher = GroupDispatcher(DitGroup(type="dit", name="m", source="x"), handle, Quotas())  # type: ignore[arg-type]
+    router._groups = {"m": dispatcher}
+    router.reconfigure({"m": {"queue": {"max_queued_requests": 3}}})
+    assert dispatcher.queue.max_queued == 3
+    with pytest.raises(ConfigError, match="'x' is no DiT group; there are m"):
+        router.reconfigure({"x": {}})
 
 
 async def test_three_lost_replicas_end_in_one_clear_error() -> None:
