@@ -27,7 +27,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 from omni_ray.plan.checkpoint import SHAPES as SHIPPED
-from tests.tiny_dit import tokenizer
+from tests.tiny_text import tokenizer
 
 
 def flux(folder: Path) -> None:

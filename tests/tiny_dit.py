@@ -39,55 +39,8 @@ from diffusers import (
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from diffusers.schedulers.scheduling_helios import HeliosScheduler
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over single bytes, with Qwen's special tokens and a chat template."""
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(
-        ["a"], trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        model_max_length=77,
-        chat_template=CHAT_TEMPLATE,
-    )
+from tests.tiny_text import clip, qwen3, qwen_vl, t5, tokenizer, umt5
 
 
 def _image_vae(channels: int) -> AutoencoderKL:
@@ -103,40 +56,6 @@ def _image_vae(channels: int) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def _clip(vocab: int, projected: bool = False) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        projection_dim=32,
-        eos_token_id=2,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
-def _t5(vocab: int, width: int = 32) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=vocab, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
-
-
-def _umt5(vocab: int) -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocab, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
-
-
-def _qwen3(vocab: int, causal: bool, layers: int = 3) -> Any:
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return (Qwen3ForCausalLM if causal else Qwen3Model)(config)
 
 
 def flux() -> DiffusionPipeline:
@@ -156,9 +75,9 @@ def flux() -> DiffusionPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_image_vae(4),
-        text_encoder=_clip(len(tok)),
+        text_encoder=clip(len(tok)),
         tokenizer=tok,
-        text_encoder_2=_t5(len(tok)),
+        text_encoder_2=t5(len(tok)),
         tokenizer_2=tok,
         transformer=transformer,
     )
@@ -189,28 +108,11 @@ def flux2() -> DiffusionPipeline:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=_qwen3(len(tok), causal=True, layers=28),
+        text_encoder=qwen3(len(tok), causal=True, layers=28),
         tokenizer=tok,
         transformer=transformer,
         is_distilled=False,
     )
-
-
-def _qwen_vl(vocab: int) -> Qwen2_5_VLForConditionalGeneration:
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": 32,
-            "intermediate_size": 37,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2], "rope_type": "default"},
-            "rope_theta": 1e6,
-        },
-        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 37, "num_heads": 4, "out_hidden_size": 32},
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def qwen_image() -> DiffusionPipeline:
@@ -237,7 +139,7 @@ def qwen_image() -> DiffusionPipeline:
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=_qwen_vl(len(tok)),
+        text_encoder=qwen_vl(len(tok)),
         tokenizer=tok,
         transformer=transformer,
     )
@@ -270,9 +172,9 @@ def hunyuan_image() -> DiffusionPipeline:
     return HunyuanImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=_qwen_vl(len(tok)),
+        text_encoder=qwen_vl(len(tok)),
         tokenizer=tok,
-        text_encoder_2=_t5(len(tok)),
+        text_encoder_2=t5(len(tok)),
         tokenizer_2=tok,
         transformer=transformer,
         guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
@@ -301,7 +203,7 @@ def z_image() -> DiffusionPipeline:
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_image_vae(4),
-        text_encoder=_qwen3(len(tok), causal=False),
+        text_encoder=qwen3(len(tok), causal=False),
         tokenizer=tok,
         transformer=transformer,
     )
@@ -325,11 +227,11 @@ def sd3() -> DiffusionPipeline:
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_image_vae(4),
-        text_encoder=_clip(len(tok), projected=True),
+        text_encoder=clip(len(tok), projected=True),
         tokenizer=tok,
-        text_encoder_2=_clip(len(tok), projected=True),
+        text_encoder_2=clip(len(tok), projected=True),
         tokenizer_2=tok,
-        text_encoder_3=_t5(len(tok), width=64),
+        text_encoder_3=t5(len(tok), width=64),
         tokenizer_3=tok,
         transformer=transformer,
     )
@@ -357,7 +259,7 @@ def _wan(cls: Any, in_channels: int, **extra: Any) -> DiffusionPipeline:
     )
     return cls(
         tokenizer=tok,
-        text_encoder=_umt5(len(tok)),
+        text_encoder=umt5(len(tok)),
         vae=vae,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         transformer=_wan_transformer(in_channels),
@@ -394,7 +296,7 @@ def helios() -> DiffusionPipeline:
     )
     return HeliosPipeline(
         tokenizer=tok,
-        text_encoder=_umt5(len(tok)),
+        text_encoder=umt5(len(tok)),
         vae=vae,
         scheduler=HeliosScheduler(stages=1),
         transformer=transformer,

@@ -224,4 +224,7 @@ def test_the_catalog_tells_what_a_class_lacks() -> None:
     assert refusals("UNet2DConditionModel", {}, DitParallel(cfg=2)) == []
     (line,) = refusals("UNet2DConditionModel", {}, DitParallel(ulysses=2))
     assert line == "parallel: ulysses 2 was asked for, but UNet2DConditionModel has no parallel axis; set ulysses: 1"
-    assert {name for name, family in FAMILIES.items() if "tensor" not in family.axes} == {"HeliosTransformer3DModel"}
+    assert {name for name, family in FAMILIES.items() if "tensor" not in family.axes} == {
+        "HeliosTransformer3DModel",
+        "HunyuanImageTransformer2DModel",
+    }
