@@ -111,6 +111,7 @@ def _group_options(group: ArGroup | DitGroup, placement: Placement) -> dict[str,
         "placement_group_strategy": placement.strategy,
         "ray_actor_options": {"num_cpus": 0},
         **HEALTH,
+        "graceful_shutdown_timeout_s": group.drain_s,
     }
     if group.autoscaling:
         options["autoscaling_config"] = scaling.config_of(group)

@@ -151,6 +151,7 @@ class Group(Block):
     )
     memory: Memory = Field(default_factory=Memory, description="Device memory.")
     queue: Queue = Field(default_factory=Queue, description="The queue in front of the group.")
+    drain_s: float = Field(20.0, ge=0, description="Seconds in which a replica that is to stop may end its requests.")
 
     @property
     def id(self) -> str:

@@ -31,3 +31,11 @@ def test_ingress_and_router_keep_off_a_head_that_has_no_cpus(monkeypatch: pytest
 def test_they_ask_for_nothing_where_every_node_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert edge(monkeypatch, 2) == [2, 0, 0]
     assert edge(monkeypatch, 2, 2, 2) == [1, 0, 0]
+
+
+def test_a_group_says_how_long_it_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    api = build(OmniSpec.model_validate({"models": [MODEL | {"drain_s": 300}]}))._bound_deployment
+    group = api.init_args[1]._bound_deployment.init_args[1]["m"]._bound_deployment
+    assert group._deployment_config.graceful_shutdown_timeout_s == 300
+    assert api._deployment_config.graceful_shutdown_timeout_s == 20
