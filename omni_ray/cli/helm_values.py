@@ -35,7 +35,8 @@ def values_file(path: str, inventory: Sequence[str]) -> str:
         raise ConfigError("\n".join([*refusals, "`omni-ray plan` with the same arguments says what would make it fit"]))
     # As they are in the file, which a model's dump would reorder.
     args = read_yaml(Path(path)).data["applications"][0]["args"]
-    values = {"args": args} | _beside_args(file, plans)
+    in_place = {"deployments": application.deployments} if application.deployments else {}
+    values = {"args": args} | in_place | _beside_args(file, plans)
     command = " ".join(["omni-ray helm-values", path, *(f"--inventory {shlex.quote(nodes)}" for nodes in inventory)])
     return f"# $ {command}\n\n" + yaml.safe_dump(values, sort_keys=False, width=120)
 

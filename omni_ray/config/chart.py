@@ -176,6 +176,9 @@ class ChartValues(Block):
     """Everything in a values file."""
 
     args: OmniSpec = Field(description="What is served: the `args` of a deployment file, as they are.")
+    deployments: list[dict[str, Any]] = Field(
+        [], description="What changes in place, as in a deployment file: `user_config` by deployment."
+    )
     nameOverride: str = ""
     fullnameOverride: str = ""
     image: Image = Image()

@@ -263,6 +263,15 @@ def test_dashboards_are_taken_as_they_are(helm: Helm, tmp_path: Path) -> None:
     assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
+def test_changes_in_place_are_handed_on(helm: Helm, tmp_path: Path) -> None:
+    deployments = [{"name": "Router", "user_config": {"demo-image": {"queue": {"max_queued_requests": 8}}}}]
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"deployments": deployments}))
+    (application,) = serve_config(helm.render(values))["applications"]
+    assert application["deployments"] == deployments
+    ServeDeploySchema.model_validate(serve_config(helm.render(values)))
+
+
 def test_notes_name_three_commands(helm: Helm) -> None:
     ran = helm.run("install", "release", str(CHART), "--dry-run=client", "--namespace", "models")
     assert ran.returncode == 0, ran.stderr

@@ -15,6 +15,10 @@ applications:
   - name: omni
     route_prefix: /
     import_path: omni_ray.app:build
+    {{- with .Values.deployments }}
+    deployments:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
     args:
       {{- toYaml $args | nindent 6 }}
 {{- end }}
