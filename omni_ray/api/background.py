@@ -142,6 +142,7 @@ def job_object(stored: StoredJob) -> dict[str, Any]:
         "progress": progress(stored),
         "step": stored.step,
         "num_steps": stored.num_steps,
+        "steps_skipped": stored.steps_skipped,
         "queue_position": stored.queue_position,
         "start_s": stored.start_s,
         "seconds_left": stored.seconds_left,

@@ -51,6 +51,7 @@ class StoredJob:
     start_s: float | None = None
     step: int = 0
     num_steps: int = 0
+    steps_skipped: int = 0
     seconds_left: float | None = None
     resume_step: int = 0
     attempts: int = 0

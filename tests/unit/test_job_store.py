@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from omni_ray.api.background import job_object
 from omni_ray.config.spec import JobStore
 from omni_ray.errors import ConfigError
-from omni_ray.messages import Job, Media
+from omni_ray.messages import Job, Media, StepEvent
+from omni_ray.router import runner
 from omni_ray.store import records
 from omni_ray.store.store import Store
 from omni_ray.store.stored import StoredJob
@@ -49,6 +51,18 @@ async def test_only_the_owner_saves_and_only_until_it_is_over(store: Store) -> N
     assert await store.save(stored(status="completed"), "me")
     assert not await store.save(stored(status="failed"), "me")
     assert (await store.get("job_0") or stored()).status == "completed"
+
+
+async def test_a_running_job_tells_its_skipped_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SAVE_S", 0.0)
+    await store.create(stored(), [], None, "me")
+    work = runner._Work(store, "me", stored(), expire_after_s=60)
+    told = []
+    for step, computed in [(1, True), (2, False), (3, False), (1, True), (2, False)]:  # begun anew after the third
+        await work._take(StepEvent(job_id="job_0", step=step, num_steps=4, seconds=0.1, computed=computed))
+        job = job_object(await store.get("job_0") or stored())
+        told.append((job["step"], job["steps_skipped"]))
+    assert told == [(1, 0), (2, 1), (3, 2), (1, 0), (2, 1)]
 
 
 async def test_pages_by_time_kind_and_user(store: Store) -> None:
