@@ -82,10 +82,16 @@ export async function* video(model, prompt, fields, files, signal) {
   const asked = { model, prompt, ...fields };
   const body = files.image ? form(asked, { input_reference: files.image }) : asked;
   let job = await (await call("v1/videos", { body })).json(); // not aborted, as its id is needed to cancel it
+  let skipped = 0;
   try {
     while (["queued", "in_progress"].includes(job.status)) {
       if (job.status === "queued") yield { ...job, state: "queued", position: job.queue_position };
-      else yield { ...job, state: "running" };
+      else {
+        const since = job.steps_skipped - skipped; // which of the steps since the last poll is not told
+        if (since > 0) yield { ...job, state: "running", step: job.step - since };
+        yield { ...job, state: "running", computed: since <= 0 };
+        skipped = job.steps_skipped;
+      }
       await pause(POLL_MS, signal);
       try {
         job = await (await call(`v1/videos/${job.id}`, { signal })).json();
