@@ -59,17 +59,22 @@ class GroupQueue:
         """Queue the job; Overloaded, with the seconds to wait, if no place in the queue is free but those kept for
         clients who were refused before and are due before this job would start, and not ``always``. Who comes when such
         a client is due is taken to be it."""
-        now = time.monotonic()
-        self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
-        is_due = not always and bool(self._returns) and self._returns[0] <= now
-        if is_due:
-            self._returns.pop(0)
-        num_free = self.max_queued - len(self.queued)
-        would_start_at = now + self._play_forward(more=1)[1][-1]
-        num_kept = 0 if is_due else bisect.bisect(self._returns, would_start_at)
-        if not always and num_free <= num_kept:
-            raise self._refusal(now, is_due, num_free)
+        if not always:
+            now = time.monotonic()
+            self._returns = [each for each in self._returns if each + RETURNS_AFTER_S > now]
+            is_due = bool(self._returns) and self._returns[0] <= now
+            if is_due:
+                self._returns.pop(0)
+            num_free = self.max_queued - len(self.queued)
+            if num_free <= (0 if is_due else self._num_kept(now)):
+                raise self._refusal(now, is_due, num_free)
         self.queued.append(record)
+
+    def _num_kept(self, now: float) -> int:
+        """Places for the clients who are due before a job that is queued now would start."""
+        if not self._returns:
+            return 0
+        return bisect.bisect(self._returns, now + self._play_forward(more=1)[1][-1])
 
     def _refusal(self, now: float, is_due: bool, num_free: int) -> Overloaded:
         """A place in the queue is free when its first job starts; those who were refused before come first. Who is due

@@ -159,8 +159,12 @@ class _Work:
                 running = {"status": "in_progress", "queue_position": None, "start_s": None}
                 started = self._stored.started_at or time.time()
                 skipped = (self._stored.steps_skipped if event.step > 1 else 0) + (not event.computed)
-                steps: dict[str, Any] = {"step": event.step, "num_steps": event.num_steps, "steps_skipped": skipped}
-                steps["seconds_left"] = event.end_s
+                steps = {
+                    "step": event.step,
+                    "num_steps": event.num_steps,
+                    "steps_skipped": skipped,
+                    "seconds_left": event.end_s,
+                }
                 await self._save({**running, **steps, "started_at": started}, at_once=not self._stored.started_at)
             case Snapshot() if time.monotonic() - self._snapshot_at > SNAPSHOT_S:
                 before = self._stored.resume_step

@@ -267,9 +267,10 @@ def test_changes_in_place_are_handed_on(helm: Helm, tmp_path: Path) -> None:
     deployments = [{"name": "Router", "user_config": {"demo-image": {"queue": {"max_queued_requests": 8}}}}]
     values = tmp_path / "values.yaml"
     values.write_text(yaml.safe_dump({"deployments": deployments}))
-    (application,) = serve_config(helm.render(values))["applications"]
+    config = serve_config(helm.render(values))
+    (application,) = config["applications"]
     assert application["deployments"] == deployments
-    ServeDeploySchema.model_validate(serve_config(helm.render(values)))
+    ServeDeploySchema.model_validate(config)
 
 
 def test_notes_name_three_commands(helm: Helm) -> None:
