@@ -1,7 +1,6 @@
 """Picks, among the replicas of a DiT group, the one with the fewest seconds of work in front of it.
 
-Ray Serve calls :class:`LeastSeconds` in the router's process whenever a job is to be sent. ``remaining_s`` is written
-by the router as jobs are admitted, make steps and end.
+Ray Serve calls :class:`LeastSeconds` in the router's process whenever a job is to be sent.
 """
 
 from __future__ import annotations
@@ -12,12 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from omni_ray.messages import Job
-
-remaining_s: dict[str, float] = {}
-"""Device seconds that each dispatched job still needs, by job id."""
-
-num_replicas: dict[str, int] = {}
-"""Replicas that run now, by deployment name."""
+from omni_ray.router import outstanding
 
 
 def request_router_config() -> RequestRouterConfig:
@@ -25,29 +19,37 @@ def request_router_config() -> RequestRouterConfig:
 
 
 class LeastSeconds(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Orders replicas by the sum of ``remaining_s`` of the jobs that run on them."""
+    """Orders replicas by the sum of `outstanding.remaining_s` of the jobs that are sent to them."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._jobs: dict[str, tuple[ReplicaID, str]] = {}
+        self._replica_of: dict[str, ReplicaID] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        num_replicas[self._deployment_id.name] = len(replicas)
+        outstanding.num_replicas[self._deployment_id.name] = len(replicas)
         super().update_replicas(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        return [
-            [replica]
-            for replica in sorted(candidate_replicas, key=lambda replica: self._outstanding_s(replica.replica_id))
-        ]
+        """The job is counted where it is to go first: of several that come at once, each sees those before it."""
+        self._replica_of = {job: replica for job, replica in self._replica_of.items() if job in outstanding.remaining_s}
+        if (job := _job_of(pending_request)) is not None:
+            self._replica_of.pop(job.id, None)
+        ranked = sorted(candidate_replicas, key=lambda replica: self._outstanding_s(replica.replica_id))
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # where all are full, before they are asked again
+        if job is not None and ranked:
+            self._replica_of[job.id] = ranked[0].replica_id
+        return [[replica] for replica in ranked]
 
     def _outstanding_s(self, replica_id: ReplicaID) -> float:
-        return sum(remaining_s.get(job_id, 0.0) for replica, job_id in self._jobs.values() if replica == replica_id)
+        return sum(outstanding.remaining_s[job] for job, replica in self._replica_of.items() if replica == replica_id)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        if pending_request.args and isinstance(job := pending_request.args[0], Job):
-            self._jobs[pending_request.metadata.internal_request_id] = (replica_id, job.id)
+        if (job := _job_of(pending_request)) is not None:
+            self._replica_of[job.id] = replica_id
 
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._jobs.pop(internal_request_id, None)
+
+def _job_of(request: PendingRequest | None) -> Job | None:
+    """None for the calls that are not jobs, such as ``describe``."""
+    return request.args[0] if request and request.args and isinstance(request.args[0], Job) else None

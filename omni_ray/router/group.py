@@ -17,7 +17,7 @@ from omni_ray.config.spec import DitGroup
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError, Overloaded, Unavailable
 from omni_ray.messages import Capabilities, Event, Failure, Job, Media, Queued, Snapshot, StepEvent, Usage
 from omni_ray.meters import Meters
-from omni_ray.router import balance
+from omni_ray.router import outstanding
 from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
@@ -41,7 +41,7 @@ class GroupDispatcher:
         self.capabilities: Capabilities | None = None
 
     def _num_replicas(self) -> int:
-        return max(balance.num_replicas.get(self._handle.deployment_name, 1), 1)
+        return max(outstanding.num_replicas.get(self._handle.deployment_name, 1), 1)
 
     async def describe(self) -> Capabilities:
         """What the group's pipeline accepts; waits until a replica is up."""
@@ -131,19 +131,19 @@ class GroupDispatcher:
         """One attempt, under an id of its own: the replica may still be unwinding the one before."""
         resume = record.resume.data if record.resume else record.job.resume
         attempt = dataclasses.replace(record.job, id=f"{record.job.id}.{uuid.uuid4().hex[:6]}", resume=resume)
-        balance.remaining_s[attempt.id] = record.remaining_s
+        outstanding.remaining_s[attempt.id] = record.remaining_s
         stream = self._handle.options(stream=True).run.remote(attempt)
         try:
             async for event in stream:
                 if isinstance(event, StepEvent):
                     record.num_steps, record.progress = event.num_steps, event.step / event.num_steps
-                    balance.remaining_s[attempt.id] = record.remaining_s
+                    outstanding.remaining_s[attempt.id] = record.remaining_s
                     event = dataclasses.replace(event, end_s=self.queue.estimate_s(record)[1])
                 elif isinstance(event, Snapshot):
                     record.resume = event
                 yield dataclasses.replace(event, job_id=record.job.id)
         finally:
-            balance.remaining_s.pop(attempt.id, None)
+            outstanding.remaining_s.pop(attempt.id, None)
             stream.cancel()
 
     def _finish(self, record: JobRecord, usage: Usage) -> None:

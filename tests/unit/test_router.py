@@ -14,8 +14,7 @@ from ray.serve.schema import DeploymentStatusOverview
 from omni_ray.config.spec import Autoscaling, DitGroup
 from omni_ray.errors import ConfigError, Overloaded, Unavailable
 from omni_ray.messages import Event, Failure, Job, Media, Snapshot, StepEvent, Usage
-from omni_ray.router import balance
-from omni_ray.router.balance import LeastSeconds
+from omni_ray.router import outstanding
 from omni_ray.router.cost import CostModel
 from omni_ray.router.estimate import play_forward
 from omni_ray.router.group import GroupDispatcher
@@ -203,7 +202,7 @@ async def run(script: list[list[Event | Exception]]) -> list[Event]:
 async def test_a_job_whose_replica_dies_runs_again_and_its_media_come_once() -> None:
     events = await run([[STEP, MEDIA, RayActorError()], [STEP, MEDIA, USAGE]])
     assert [type(event) for event in events] == [StepEvent, StepEvent, Media, Usage]
-    assert not balance.remaining_s
+    assert not outstanding.remaining_s
 
 
 async def test_a_lost_job_goes_on_from_its_last_snapshot() -> None:
@@ -253,16 +252,3 @@ async def test_three_lost_replicas_end_in_one_clear_error() -> None:
     assert isinstance(events[-1], Failure)
     assert isinstance(events[-1].error, Unavailable)
     assert "lost its replica 3 times" in events[-1].error.message
-
-
-async def test_the_replica_with_the_fewest_seconds_is_first() -> None:
-    router = object.__new__(LeastSeconds)
-    router.initialize_state()
-    replicas: list[Any] = [type("Replica", (), {"replica_id": name})() for name in "ab"]
-    router._jobs = {"r1": ("a", "long"), "r2": ("b", "short"), "r3": ("b", "short2")}  # type: ignore[dict-item]
-    balance.remaining_s.update({"long": 60.0, "short": 1.0, "short2": 1.0})
-    try:
-        ranked = await router.choose_replicas(replicas)
-        assert [rank[0].replica_id for rank in ranked] == ["b", "a"]
-    finally:
-        balance.remaining_s.clear()
