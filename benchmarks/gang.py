@@ -1,10 +1,10 @@
 """Images of a gang beside those of one rank, on one machine: PSNR and seconds per image.
 
-    python -m benchmarks.gang SOURCE [--dummy] [--layers 4] [--parallel '{"ulysses": 2}' '{"tensor": 2, "cfg": 2}' ...]
+    python -m benchmarks.gang SOURCE [--dummy] [--layers 4] [--compile] [--parallel '{"ulysses": 2}' '{"cfg": 2}' ...]
 
 The ranks are processes that share the machine's GPUs (where two share one they talk over gloo; seconds mean something
 only where each has its own). --layers cuts the depth of the transformer and of the text encoders, so that many copies
-fit on one card. Three requests with guidance run side by side, one per forward.
+fit on one card. Three requests with guidance run side by side, one per forward, twice: the second time is told.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from omni_ray.accel.apply import accelerate
 from omni_ray.accel.parallel import build_mesh
-from omni_ray.config.spec import Batching, DitGroup, DitParallel
+from omni_ray.config.spec import Batching, Compile, DitGroup, DitParallel
 from omni_ray.engine import world
 from omni_ray.engine.exchange import Exchange
 from omni_ray.engine.lockstep import Lockstep
@@ -35,6 +36,7 @@ from omni_ray.tuning.run import device_and_dtype, load, run
 AXES = [{"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"cfg": 2}, {"ulysses": 4}, {"tensor": 2, "ulysses": 2}]
 AXES += [{"cfg": 2, "ulysses": 2}]
 DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers", "depth")
+RUNS = 2  # the first one compiles
 PROMPTS = ["a red circle on a hill", "two boats", "a city of glass by the sea, at night"]
 
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--dummy", action="store_true", help="random weights")
     parser.add_argument("--layers", type=int, help="blocks of each kind that the modules keep")
     parser.add_argument("--parallel", type=json.loads, nargs="+", default=AXES)
+    parser.add_argument("--compile", action="store_true", help="both sides")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
@@ -99,7 +102,8 @@ def start(args: argparse.Namespace, size: int) -> None:
         str(args.size),
         "--steps",
     ]
-    command += [str(args.steps), *(["--dummy"] if args.dummy else []), "--parallel", *map(json.dumps, args.parallel)]
+    command += [str(args.steps), *(f"--{flag}" for flag in ("dummy", "compile") if getattr(args, flag))]
+    command += ["--parallel", *map(json.dumps, args.parallel)]
     ranks = [subprocess.Popen([*command, "--rank", json.dumps([i, size, port])]) for i in range(size)]
     try:
         if any(codes := [each.wait() for each in ranks]):
@@ -116,34 +120,33 @@ def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
         torch.cuda.set_device(index % torch.cuda.device_count())
     world.join(index, size, "127.0.0.1", port, device, None)
     alone = group_of(args, {})
-    pipe = load(alone) if index == 0 else None
-    alone_s, wanted = draw(args, pipe) if pipe is not None else (0.0, [])
-    del pipe
+    alone_s, wanted = together(args, alone, device, None) if index == 0 else (0.0, [])
     for axes in args.parallel:
         group = group_of(args, axes)
         if group.parallel.num_ranks != size:
             continue
         gc.collect()  # what the loop before held
         torch.cuda.empty_cache()
-        gang_s, made = together(args, group, device, leads=index == 0)
+        gang_s, made = together(args, group, device, build_mesh(group.parallel, device.type), leads=index == 0)
         if index == 0:
             label = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
             print(f"{label:>24} {psnr(wanted, made):>8.1f} {alone_s:>11.2f} {gang_s:>8.2f}", flush=True)
 
 
 def together(
-    args: argparse.Namespace, group: DitGroup, device: torch.device, *, leads: bool
+    args: argparse.Namespace, group: DitGroup, device: torch.device, mesh: DeviceMesh | None, *, leads: bool = True
 ) -> tuple[float, list[Any]]:
-    """Seconds per image and the images, on the rank that leads."""
+    """Seconds per image and the images, on the rank that leads, of a gang or of one rank without a mesh."""
     pipe = load(group)
-    mesh = build_mesh(group.parallel, device.type)
-    exchange = Exchange(mesh) if group.parallel.cfg > 1 else None
+    lockstep = Lockstep() if mesh else None
+    exchange = Exchange(mesh) if mesh and group.parallel.cfg > 1 else None
     accelerators = accelerate(pipe, group, device, mesh)
     if leads:
-        return draw(args, pipe, lockstep=Lockstep(), exchange=exchange, accelerators=accelerators)
-    loop = EngineLoop(pipe, group.batching, Lockstep(), exchange, accelerators)
-    loop.start()
-    loop.join()
+        return draw(args, pipe, lockstep=lockstep, exchange=exchange, accelerators=accelerators)
+    for _ in range(RUNS):
+        loop = EngineLoop(pipe, group.batching, lockstep, exchange, accelerators)
+        loop.start()
+        loop.join()
     return 0.0, []
 
 
@@ -155,6 +158,7 @@ def group_of(args: argparse.Namespace, axes: dict[str, int]) -> DitGroup:
         load_format="dummy" if args.dummy else "auto",
         parallel=DitParallel.model_validate(axes),
         batching=Batching(max_num_batched_tokens=1),
+        compile=Compile(mode="regional" if args.compile else "none"),
     )
 
 
@@ -166,7 +170,9 @@ def draw(args: argparse.Namespace, pipe: Any, **loop_options: Any) -> tuple[floa
         Job(id=str(seed), model="bench", group="bench", params={"prompt": prompt, **shape, **guided}, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
-    seconds, images, _ = run(pipe, jobs, Batching(max_num_batched_tokens=1), **loop_options)
+    seconds, images = 0.0, []
+    for _ in range(RUNS):
+        seconds, images, _ = run(pipe, jobs, Batching(max_num_batched_tokens=1), **loop_options)
     return seconds / len(jobs), images
 
 

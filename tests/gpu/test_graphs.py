@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from omni_ray.accel.apply import accelerate
+from omni_ray.config.catalog import can_be_recorded
 from omni_ray.config.spec import Batching, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from tests.lanes import run_lanes
@@ -40,5 +41,6 @@ def draw(family: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> tup
 def test_the_same_images(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, wanted = draw(family, False, monkeypatch)
     pipe, made = draw(family, True, monkeypatch)
-    assert pipe.transformer.call_hooks["cuda_graphs"]._recorded
+    if can_be_recorded(type(pipe.transformer).__name__):
+        assert pipe.transformer.call_hooks["cuda_graphs"]._recorded
     assert {job: float(np.abs(made[job] - wanted[job]).max()) for job in wanted} == dict.fromkeys(wanted, 0.0)
