@@ -170,7 +170,7 @@ def draw(args: argparse.Namespace, pipe: Any, **loop_options: Any) -> tuple[floa
         Job(id=str(seed), model="bench", group="bench", params={"prompt": prompt, **shape, **guided}, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
-    seconds, images = 0.0, []
+    seconds, images = 0.0, list[Any]()
     for _ in range(RUNS):
         seconds, images, _ = run(pipe, jobs, Batching(max_num_batched_tokens=1), **loop_options)
     return seconds / len(jobs), images
