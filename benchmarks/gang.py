@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def start(args: argparse.Namespace, size: int) -> None:
     ]
     command += [str(args.steps), *(f"--{flag}" for flag in ("dummy", "compile") if getattr(args, flag))]
     command += ["--parallel", *map(json.dumps, args.parallel)]
-    ranks = [subprocess.Popen([*command, "--rank", json.dumps([i, size, port])]) for i in range(size)]
+    ranks = [subprocess.Popen([*command, "--rank", json.dumps([i, size, port])], env=_env(i)) for i in range(size)]
     try:
         if any(codes := [each.wait() for each in ranks]):
             sys.exit(f"the ranks ended with {codes}")
@@ -114,10 +115,14 @@ def start(args: argparse.Namespace, size: int) -> None:
     del store
 
 
+def _env(index: int) -> dict[str, str]:
+    """A rank sees its GPU alone, as it does in a replica."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]}
+
+
 def rank(args: argparse.Namespace, index: int, size: int, port: int) -> None:
     device, _ = device_and_dtype()
-    if device.type == "cuda":
-        torch.cuda.set_device(index % torch.cuda.device_count())
     world.join(index, size, "127.0.0.1", port, device, None)
     alone = group_of(args, {})
     alone_s, wanted = together(args, alone, device, None) if index == 0 else (0.0, [])

@@ -31,6 +31,8 @@ def _haproxy() -> dict[str, str]:
     variables = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # In this mode replicas talk over gRPC, which takes no message above 4 MiB: no large image would get through.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
         # How long an ingress replica that stops waits for load balancers to forget it; the only one is Serve's own.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         # An ingress replica that hangs is noticed in two checks; what was sent to one that dies goes to another.

@@ -92,7 +92,9 @@ class DitReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`omni_ray.replica.scaling.ByOutstandingSeconds` decides by: the work of the whole group."""
-        return {scaling.OUTSTANDING_S: await self._router.outstanding_s.remote(self._group.id)}
+        return dict(
+            zip((scaling.OUTSTANDING_S, scaling.BUSY), await self._router.load.remote(self._group.id), strict=True)
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over what of the group can change while it runs; see :class:`LiveConfig`."""

@@ -15,8 +15,12 @@ from omni_ray.config.spec import ArGroup, Autoscaling, DitGroup
 
 Decision = tuple[float, dict[str, Any]]
 
-OUTSTANDING_S = "outstanding_s"
+OUTSTANDING_S, BUSY = "outstanding_s", "busy_replicas"
 WAITING_TOKENS, KV_USE = "waiting_tokens", "kv_use"
+
+MOST_BUSY = 0.8
+"""Part of their time that a group's replicas may be busy, on average, when one of them goes. Jobs come at random: with
+fewer replicas that are busier, work would pile up and they would be wanted again."""
 
 FULL_KV = 0.9
 """Use of the KV cache, as a part of it, from which on requests are soon put back into the queue."""
@@ -43,7 +47,8 @@ def config_of(group: ArGroup | DitGroup) -> dict[str, Any]:
 
 class ByOutstandingSeconds:
     """For DiT groups: so many replicas that each has ``target_outstanding_s`` seconds of work before it, of that which
-    there will be when a further replica could be up."""
+    there will be when a further replica could be up. Of those that there are, as many stay as the work of late needs,
+    even if little of it waits, which is what enough replicas bring about."""
 
     def __init__(self, bounds: dict[str, Any]) -> None:
         self._bounds = Autoscaling.model_validate(bounds)
@@ -53,7 +58,9 @@ class ByOutstandingSeconds:
         if not series:
             return float(context.target_num_replicas), {}
         expected_s = series[-1][1] + max(slope(series), 0.0) * self._bounds.upscale_delay_s
-        return expected_s / self._bounds.target_outstanding_s, {}
+        by_work = expected_s / self._bounds.target_outstanding_s
+        kept = min(max(_latest(context.raw_metrics, BUSY), default=0.0) / MOST_BUSY, context.target_num_replicas)
+        return max(by_work, kept if kept > 1 else 0.0), {}
 
 
 class ByTokens:

@@ -2,7 +2,8 @@
 
 Model: seconds = steps * (a + b * work) + c * work, where work = megapixels * frames * outputs * guidance branches.
 a is the fixed price of a step, b that of its pixels, c that of decoding. Fitted by recursive least squares with
-forgetting (Haykin, Adaptive Filter Theory, ch. 10).
+forgetting (Haykin, Adaptive Filter Theory, ch. 10), of errors relative to what a job took: small jobs count as much as
+large ones, and one that was held up, by the compiler say, counts for little.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class CostModel:
 
     def learn(self, job: Job, device_s: float) -> None:
         """Take in a finished job that used ``device_s`` seconds of device time."""
-        x = features(job)
+        x = features(job) / max(device_s, SHORTEST_S)
         gain = self._covariance @ x / (FORGETTING + x @ self._covariance @ x)
-        self._weights = np.maximum(self._weights + gain * (device_s - self._weights @ x), 0.0)
+        self._weights = np.maximum(self._weights + gain * (1.0 - self._weights @ x), 0.0)
         self._covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / FORGETTING
         self.num_learnt += 1
 

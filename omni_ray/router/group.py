@@ -22,6 +22,7 @@ from omni_ray.router.cost import CostModel
 from omni_ray.router.jobs import JobRecord
 from omni_ray.router.queue import GroupQueue
 from omni_ray.router.quota import Quotas
+from omni_ray.router.rate import Rate
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,11 +38,17 @@ class GroupDispatcher:
         self._handle = handle
         self._costs = CostModel()
         self._meters = Meters.of(spec)
+        self._busy = Rate()
         self.queue = GroupQueue(spec.id, spec.queue.max_queued_requests, self._num_replicas, spec.batching.max_num_seqs)
         self.capabilities: Capabilities | None = None
 
     def _num_replicas(self) -> int:
         return max(outstanding.num_replicas.get(self._handle.deployment_name, 1), 1)
+
+    def load(self) -> tuple[float, float]:
+        """Device seconds of all that waits or runs, and device seconds that were used a second, of late: as many as
+        replicas were busy."""
+        return self.queue.outstanding_s, self._busy.now()
 
     async def describe(self) -> Capabilities:
         """What the group's pipeline accepts; waits until a replica is up."""
@@ -148,5 +155,6 @@ class GroupDispatcher:
 
     def _finish(self, record: JobRecord, usage: Usage) -> None:
         record.state = "done"
+        self._busy.add(usage.device_s)
         if record.attempts == 1 and record.job.resume is None:  # else it tells a part of the cost only
             self._costs.learn(record.job, usage.device_s)

@@ -88,9 +88,9 @@ class Router:
         """See :meth:`JobRunner.delete`."""
         await self._runner.delete(job_id)
 
-    async def outstanding_s(self, group: str) -> float:
-        """Seconds of device time of all that waits or runs in a DiT group."""
-        return self._groups[group].queue.outstanding_s
+    async def load(self, group: str) -> tuple[float, float]:
+        """See :meth:`GroupDispatcher.load`."""
+        return self._groups[group].load()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over queue bounds, by group id, while all goes on; see :class:`LiveConfig`."""

@@ -280,6 +280,18 @@ def test_an_image_is_edited(client: openai.OpenAI) -> None:
     assert psnr(strengths["0.2"], before) > psnr(strengths["0.9"], before)
 
 
+def test_a_picture_of_more_than_4_mib_is_edited(client: openai.OpenAI) -> None:
+    """Which is the most that gRPC takes in one message, if nobody tells it otherwise."""
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)).save(noise, "PNG")
+    assert len(noise.getvalue()) > 5 * 2**20
+    edited = client.images.edit(
+        model="demo-image", prompt="a red circle", image=("noise.png", noise.getvalue(), "image/png"), size="256x256"
+    ).data
+    assert edited
+    assert opened(edited[0].b64_json or "").size == (256, 256)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_video_is_made_polled_listed_downloaded_and_deleted(client: openai.OpenAI) -> None:
     video = client.videos.create(model="demo-video", prompt="a red circle moving right")

@@ -47,6 +47,16 @@ def test_costs_are_learnt_from_what_was_measured() -> None:
         assert model.estimate_s(unseen) == pytest.approx(true_cost(unseen), rel=0.05)
 
 
+def test_a_job_that_was_held_up_counts_for_little() -> None:
+    model, sizes = CostModel(), [512, 768, 1024]
+    for size in sizes * 3:
+        model.learn(job(size=size), true_cost(job(size=size)))
+    for size in sizes:
+        model.learn(job(size=size), true_cost(job(size=size)) + 26)
+    for size in sizes:
+        assert model.estimate_s(job(size=size)) == pytest.approx(true_cost(job(size=size)), rel=0.35)
+
+
 def test_guidance_doubles_the_work() -> None:
     model = CostModel()
     assert model.estimate_s(job(negative_prompt="dull")) > 1.8 * model.estimate_s(job()) - 0.5

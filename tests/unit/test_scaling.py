@@ -11,7 +11,7 @@ from ray.serve._private.autoscaling_state import _apply_autoscaling_config, _res
 from ray.serve.config import AutoscalingConfig
 
 from omni_ray.config.spec import Autoscaling, DitGroup
-from omni_ray.replica.scaling import KV_USE, OUTSTANDING_S, WAITING_TOKENS, ByTokens, config_of, slope
+from omni_ray.replica.scaling import BUSY, KV_USE, OUTSTANDING_S, WAITING_TOKENS, ByTokens, config_of, slope
 
 BOUNDS = Autoscaling(min_replicas=1, max_replicas=8, target_outstanding_s=10, upscale_delay_s=2, downscale_delay_s=20)
 
@@ -31,10 +31,11 @@ class Serve:
         self.told: list[Any] = []
         monkeypatch.setattr("ray.serve.autoscaling_policy.time.time", lambda: self.now)
 
-    def second(self, outstanding_s: float, requests: float = 0.0) -> int:
+    def second(self, outstanding_s: float, requests: float = 0.0, busy: float = 0.0) -> int:
         self.now += 1
         self.told = [*self.told, SimpleNamespace(timestamp=self.now, value=outstanding_s)][-10:]
-        metrics = {OUTSTANDING_S: {"replica": self.told}} if self.num else {}
+        now = [SimpleNamespace(timestamp=self.now, value=busy)]
+        metrics = {OUTSTANDING_S: {"replica": self.told}, BUSY: {"replica": now}} if self.num else {}
         context: Any = SimpleNamespace(
             raw_metrics=metrics,
             current_num_replicas=self.num,
@@ -71,6 +72,14 @@ def test_a_short_peak_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Serve(monkeypatch, DitGroup)
     nums = [serve.second(each) for each in [5] * 12 + [50] + [5] * 12]
     assert set(nums) == {1}
+
+
+def test_replicas_that_are_busy_stay_though_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Serve(monkeypatch, DitGroup)
+    nums = [serve.second(50, busy=1) for _ in range(10)] + [serve.second(4, busy=2.3) for _ in range(60)]
+    assert (max(nums), nums[-1]) == (5, 3)
+    assert [serve.second(4, busy=0.7) for _ in range(60)][-1] == 1
+    assert [serve.second(4, busy=2.3) for _ in range(60)][-1] == 1  # it is no reason for more of them
 
 
 def test_slope_is_a_change_a_second() -> None:

@@ -20,6 +20,7 @@
 {{- define "omni-ray.env" -}}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
 - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
+- {name: RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, value: "2147483647"}
 - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/omni-ray/.venv/bin/omni-ray-haproxy}
 - {name: RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER, value: 1s}
 - {name: RAY_SERVE_HAPROXY_RETRY_ON, value: conn-failure empty-response}
