@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
-import queue
 import random
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ import ray
 
 from omni_ray.config.spec import DitGroup
 from omni_ray.engine.meters import RankMeters
-from omni_ray.errors import EngineFailed
 from omni_ray.messages import Capabilities, Event, Failure, Job, LoadProgress, Usage
 from omni_ray.watch import look_after_neighbours
 
@@ -110,6 +107,7 @@ class Rank:
         from omni_ray.engine.exchange import Exchange
         from omni_ray.engine.lockstep import Alone
         from omni_ray.engine.loop import EngineLoop
+        from omni_ray.engine.warm_up import warm_up
 
         group = self._group
         device = torch.device("cuda" if group.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -136,7 +134,8 @@ class Rank:
         self._loop.start()
         if is_compiled(group.compile, device) and lockstep.leads:
             report("compiling")
-            self._warm_up(capabilities)
+            complete = functools.partial(self._complete, capabilities=capabilities)
+            warm_up(self._loop, capabilities, complete, joins=group.batching.max_num_seqs > 1)
         return capabilities
 
     def _meet_the_others(self, address: Address, device: torch.device) -> Lockstep:
@@ -161,30 +160,6 @@ class Rank:
             pixels,
         )
         return dataclasses.replace(capabilities, max_pixels=pixels)
-
-    def _warm_up(self, capabilities: Capabilities) -> None:
-        """Run the pipeline once for two steps, so that no request waits for the compiler."""
-        from omni_ray.engine.media import blank_image
-
-        size = capabilities.defaults.get("width", 512), capabilities.defaults.get("height", 512)
-        job = Job(
-            id=f"warm-up-{self._replica_id}",
-            model=self._group.name,
-            group=self._group.id,
-            params={"prompt": "warm-up", "num_inference_steps": 2},
-            images=(blank_image(size),) if "image" in capabilities.needs else (),
-            mask=blank_image(size) if "mask" in capabilities.needs else None,
-        )
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._engine.submit(self._complete(job, capabilities), events.put)
-        event: Event | None = None
-        while not isinstance(event, Usage):
-            with contextlib.suppress(queue.Empty):
-                event = events.get(timeout=1)
-            if isinstance(event, Failure):
-                raise event.error
-            if not self._engine.alive():
-                raise EngineFailed("the engine's loop ended during the warm-up; its log says why")
 
     @property
     def _engine(self) -> EngineLoop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from omni_ray.accel.compile import apply_compile, is_compiled
 from omni_ray.accel.graphs import apply_cuda_graphs
 from omni_ray.config.spec import Attention, Batching, Compile, DitGroup
 from omni_ray.engine.loop import EngineLoop
+from omni_ray.engine.warm_up import warm_up
 from omni_ray.errors import ConfigError
+from omni_ray.messages import Capabilities
 from tests.lanes import run_lanes
 from tests.ranks import CPU, jobs_of, load
 
@@ -89,6 +92,31 @@ def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
     one_by_one = Batching(max_num_batched_tokens=1)
     run_lanes(EngineLoop(pipe, one_by_one), jobs_of(family)[:3], monkeypatch)
     assert counters["unique_graphs"] == kinds
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image"])
+def test_no_request_waits_for_the_compiler_after_the_warm_up(
+    family: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    pipe = load(tiny_folder(family))
+    traced_only = functools.partial(pipe.transformer.compile_repeated_blocks, backend="eager")
+    monkeypatch.setattr(pipe.transformer, "compile_repeated_blocks", traced_only, raising=False)
+    apply_compile(pipe, Compile(mode="regional"), CPU)
+    sizes: list[int] = []
+    first, *others = jobs_of(family)[:4]
+    loop = EngineLoop(pipe, Batching(), on_forward=lambda name, size, *_: sizes.append(size))
+    loop.start()
+    defaults = {name: value for name, value in first.params.items() if name != "output_type"}
+    capabilities = Capabilities(pipeline="", output="image", fields=frozenset(defaults), defaults=defaults)
+    warm_up(loop, capabilities, lambda job: dataclasses.replace(job, seed=0, params=defaults | job.params), joins=True)
+    graphs, joined = counters["unique_graphs"], max(sizes)
+    monkeypatch.setattr(loop, "start", lambda: None)
+    run_lanes(loop, [first, dataclasses.replace(first, id="twin"), *others], monkeypatch)
+    assert joined > 1
+    assert counters["unique_graphs"] == graphs
 
 
 def test_cuda_graphs_are_of_gpus_and_of_work_that_never_changes(tiny_folder: Any) -> None:
