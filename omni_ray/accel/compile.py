@@ -7,16 +7,16 @@ is kept on the node, where all replicas and every later start find it.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import ModelHook
 
 from omni_ray.accel.hooks import register
-from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.modules import kinds_of_blocks, transformers_of
 from omni_ray.accel.rotary import rotate_in_real_numbers
 from omni_ray.config.spec import Compile
 from omni_ray.errors import ConfigError
@@ -50,22 +50,19 @@ def apply_compile(
     rotate_in_real_numbers()
     warnings = []
     for name, transformer in transformers_of(pipe).items():
-        if getattr(transformer, "_repeated_blocks", None):
+        if kinds := kinds_of_blocks(transformer):
+            transformer._repeated_blocks = kinds
             transformer.compile_repeated_blocks(fullgraph=True, dynamic=None if spec.dynamic else False)
             if spec.dynamic:
-                for block in _repeated_blocks(transformer):
-                    register(block, "sizes", Sizes())
+                for block in transformer.modules():
+                    if type(block).__name__ in kinds:
+                        register(block, "sizes", Sizes())
             continue
         reason = f"{name} ({type(transformer).__name__}) names no repeated blocks"
         if spec.mode == "regional":
             raise ConfigError(f"compile.mode 'regional': {reason}; set mode: none")
         warnings.append(f"compile auto: {reason}, so it is not compiled")
     return warnings
-
-
-def _repeated_blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    names = cast("list[str]", transformer._repeated_blocks)
-    return (part for part in transformer.modules() if type(part).__name__ in names)
 
 
 class Sizes(ModelHook):  # type: ignore[misc]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+
+from omni_ray.config.catalog import FAMILIES
 
 
 def transformers_of(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -20,3 +22,12 @@ def transformers_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 def is_transformer(name: str) -> bool:
     """Whether the component of this name is a denoiser."""
     return name.split("_")[0] in ("transformer", "unet")
+
+
+def kinds_of_blocks(transformer: torch.nn.Module) -> list[str]:
+    """The classes of its repeated blocks: those that it names, else those in the stacks of its family."""
+    if names := getattr(transformer, "_repeated_blocks", None):
+        return list(cast("list[str]", names))
+    family = FAMILIES.get(type(transformer).__name__)
+    stacks = [cast("torch.nn.ModuleList", transformer.get_submodule(name)) for name in family.stacks] if family else []
+    return sorted({type(block).__name__ for stack in stacks for block in stack})

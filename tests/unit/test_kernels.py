@@ -70,13 +70,14 @@ def test_blocks_are_compiled_on_gpus_unless_the_spec_says() -> None:
 def test_what_cannot_be_compiled_is_said(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(tiny_folder("flux"))
     monkeypatch.setattr(type(pipe.transformer), "_repeated_blocks", None)
+    monkeypatch.setattr("omni_ray.accel.modules.FAMILIES", {})
     (warning,) = apply_compile(pipe, Compile(), CUDA)
     assert warning.startswith("compile auto: transformer (FluxTransformer2DModel) names no repeated blocks")
     with pytest.raises(ConfigError, match="set mode: none"):
         apply_compile(pipe, Compile(mode="regional"), CPU)
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("flux", 2), ("qwen_image", 1), ("z_image", 4), ("wan", 1)])
+@pytest.mark.parametrize(("family", "kinds"), [("flux", 2), ("qwen_image", 1), ("z_image", 4), ("wan", 1), ("sd3", 2)])
 def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
     family: str, kinds: int, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +95,7 @@ def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
     assert counters["unique_graphs"] == kinds
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3"])
 def test_no_request_waits_for_the_compiler_after_the_warm_up(
     family: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
