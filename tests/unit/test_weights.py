@@ -221,7 +221,8 @@ def test_a_rank_reads_only_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def second_of_two() -> Iterator[None]:
+def second_of_two(checkpoint: Any, family: str) -> Iterator[None]:
+    checkpoint(family)  # which only the first of two would write
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     yield
     dist.destroy_process_group()
