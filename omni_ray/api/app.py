@@ -23,6 +23,7 @@ from omni_ray.api.docs import AR_BODY, body_of, describe, form_of, ref
 from omni_ray.api.errors import answer_error
 from omni_ray.api.forward import PATHS, Forwarder
 from omni_ray.api.images import Images
+from omni_ray.api.inputs import read_fields, read_images
 from omni_ray.api.jobs import Jobs
 from omni_ray.api.limits import Inputs
 from omni_ray.api.media import Fetcher
@@ -41,7 +42,6 @@ from omni_ray.api.protocol import (
 )
 from omni_ray.api.stored_jobs import StoredJobs
 from omni_ray.api.submission import Submission
-from omni_ray.api.uploads import check_image, read_form, typed
 from omni_ray.api.videos import Videos
 from omni_ray.config.spec import OmniSpec, Pipeline
 from omni_ray.errors import OmniRayError, RequestError
@@ -111,11 +111,10 @@ class Api:
         add_page(app)
 
     def _add_job_routes(self, app: FastAPI) -> None:
-        videos = Videos(self._directory, self._drawer, self._background, self._max_body_bytes)
+        videos = Videos(self._directory, self._drawer, self._background, self._fetcher, self._max_body_bytes)
         jobs = StoredJobs(self._background)
         tags: dict[str, Any] = {"tags": ["jobs"]}
-        created = body_of(ref(VideosRequest)) | {}
-        created["requestBody"]["content"] |= form_of(VideosRequest, VIDEO_FILES)["requestBody"]["content"]
+        created = form_of(VideosRequest, VIDEO_FILES)
         app.add_api_route("/v1/videos", videos.create, methods=["POST"], **tags, openapi_extra=created)
         app.add_api_route("/v1/videos/sync", videos.create_and_wait, methods=["POST"], **tags, openapi_extra=created)
         for path, one in (("/v1/videos", videos), ("/v1/jobs", jobs)):
@@ -158,20 +157,16 @@ class Api:
     async def _edit(
         self, request: Request, kind: type[ImageEditRequest], file_fields: tuple[str, ...], event_type: str
     ) -> Response:
-        fields, files = await read_form(request, self._max_body_bytes, file_fields)
-        body = {name: value if name in kind.model_fields else typed(value) for name, value in fields.items()}
-        route = await self._directory.open(model_name(body))
+        uploaded = await read_fields(request, kind, file_fields, self._max_body_bytes)
+        route = await self._directory.open(model_name(uploaded.fields))
         if route.type == "ar":
             raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
-        asked = parse(kind, body, strict=False)
-        images, masks = files.get("image", []), files.get("mask", [])
-        for name, uploads in files.items():
-            for upload in uploads:
-                await check_image(upload, name)
+        files = await read_images(uploaded, file_fields, self._fetcher)
+        asked = parse(kind, uploaded.fields, strict=uploaded.strict)
         inputs = Inputs(
             prompt=asked.prompt,
-            images=tuple(images),
-            mask=masks[0] if masks else None,
+            images=tuple(files.get("image", ())),
+            mask=next(iter(files.get("mask", ())), None),
             needs_prompt=kind is ImageEditRequest,
             needs_image=True,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -14,6 +12,7 @@ from pydantic_core import to_json
 
 from omni_ray.api import sse
 from omni_ray.api.images import Step, data_url, how_far
+from omni_ray.api.inputs import from_data_url
 from omni_ray.api.jobs import Result
 from omni_ray.api.limits import Inputs
 from omni_ray.api.pipeline import Drawer, Rewritten
@@ -112,7 +111,7 @@ def read_prompt(chat: ChatRequest) -> tuple[str, tuple[bytes, ...]]:
         if part.type == "text" and part.text is not None:
             texts.append(part.text)
         elif part.type == "image_url" and part.image_url is not None:
-            images.append(_image(part.image_url.url, f"{where}.image_url.url"))
+            images.append(from_data_url(part.image_url.url, f"{where}.image_url.url"))
         else:
             raise RequestError(f"{where}: {_unknown(part)}", param=where)
     return "\n".join(texts), tuple(images)
@@ -122,14 +121,3 @@ def _unknown(part: Part) -> str:
     if part.type in ("text", "image_url"):
         return f"a part of type {part.type} needs the key {part.type}"
     return f"type {shown(part.type)} is none of text, image_url"
-
-
-def _image(url: str, where: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        problem = "is neither an http or https URL nor a data: URL in base64"
-        raise RequestError(f"{where}: {shown(url)} {problem}", param=where)
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise RequestError(f"{where}: the base64 is broken: {error}", param=where) from None

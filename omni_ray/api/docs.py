@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from omni_ray.api.inputs import KEYS, ONE
 from omni_ray.api.protocol import (
     ChatRequest,
     ImageEditRequest,
@@ -25,6 +26,12 @@ BODIES: tuple[type[BaseModel], ...] = (
     VideosRequest,
 )
 REF = "#/components/schemas/{model}"
+NAMED = {
+    "type": "object",
+    "required": ["image_url"],
+    "properties": {"image_url": {"type": "string", "description": "An allowed https URL, or a `data:` URL."}},
+}
+SEVERAL = {"type": "array", "items": NAMED}
 AR_BODY = {"type": "object", "required": ["model"], "description": "As `vllm serve` takes it."}
 
 
@@ -35,10 +42,16 @@ def body_of(*schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def form_of(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, Any]:
-    """The same for a form with the fields of ``model`` and these files."""
-    uploads = {name: {"type": "string", "format": "binary"} for name in files}
-    schema = {"allOf": [ref(model), {"type": "object", "properties": uploads}]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    """The same for a form with the fields of ``model`` and these files, or JSON that names them by URL."""
+    properties = {
+        "multipart/form-data": {name: {"type": "string", "format": "binary"} for name in files},
+        "application/json": {KEYS[name]: NAMED if name in ONE else {"anyOf": [NAMED, SEVERAL]} for name in files},
+    }
+    content = {
+        kind: {"schema": {"allOf": [ref(model), {"type": "object", "properties": images}]}}
+        for kind, images in properties.items()
+    }
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def ref(model: type) -> dict[str, Any]:

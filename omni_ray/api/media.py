@@ -30,7 +30,8 @@ MAX_REDIRECTS = 3
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 ROOTS = (
-    "messages", "input", "query", "queries", "documents", "text_1", "text_2", "data_1", "data_2",
+    "messages", "images", "mask", "input_reference",
+    "input", "query", "queries", "documents", "text_1", "text_2", "data_1", "data_2",
 )  # fmt: skip
 """Where bodies hold media."""
 KINDS = {"image_url": "image", "video_url": "video", "audio_url": "audio"}

@@ -119,19 +119,19 @@ class ImagesRequest(Generation):
 
 
 class ImageEditRequest(ImagesRequest):
-    """`POST /v1/images/edits`, a form. The images come as files."""
+    """`POST /v1/images/edits`, a form with the images as files, or JSON that names them."""
 
     input_fidelity: Literal["low", "high"] | None = Field(None, description="`strength` says it exactly.")
 
 
 class ImageVariationRequest(ImageEditRequest):
-    """`POST /v1/images/variations`, a form."""
+    """`POST /v1/images/variations`, likewise."""
 
     prompt: str = Field("", description="What to keep in mind.")
 
 
 class VideosRequest(Generation):
-    """`POST /v1/videos`, as JSON or as a form. The first frame may come as the file `input_reference`."""
+    """`POST /v1/videos`, as JSON or as a form. `input_reference` is the first frame."""
 
     prompt: str = Field(description="What the video shows.", examples=["a red circle moving right"])
     seconds: Annotated[float, Field(gt=0, le=3600)] | None = Field(None, description="Length; `num_frames` is exact.")

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from PIL import Image, UnidentifiedImageError
 from pydantic_core import from_json
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from omni_ray.api.body import read_body
@@ -26,13 +26,15 @@ MAX_FIELDS = 200
 Files = dict[str, list[bytes]]
 
 
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
 async def read_form(request: Request, max_bytes: int, file_fields: Collection[str]) -> tuple[dict[str, Any], Files]:
     """Fields and files of a multipart form. ``name[]`` counts as ``name``; a field may be said once.
 
-    :raises RequestError: it is no form, a field is said twice, or a file comes in a field that takes none.
+    :raises RequestError: it cannot be read, a field is said twice, or a file comes in a field that takes none.
     """
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise RequestError("the body is no form; send it as multipart/form-data")
     body = await read_body(request, max_bytes)
     parser = MultiPartParser(
         request.headers, _once(body), max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max(max_bytes, 1)
@@ -41,6 +43,13 @@ async def read_form(request: Request, max_bytes: int, file_fields: Collection[st
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise RequestError(f"the form cannot be read: {getattr(error, 'message', error)}") from None
+    try:
+        return await _sorted(form, file_fields)
+    finally:
+        await form.close()
+
+
+async def _sorted(form: FormData, file_fields: Collection[str]) -> tuple[dict[str, Any], Files]:
     fields: dict[str, Any] = {}
     files: Files = {}
     for key, value in form.multi_items():

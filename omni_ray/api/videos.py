@@ -8,14 +8,15 @@ from typing import Any
 from fastapi import Request, Response
 
 from omni_ray.api.background import Background, job_object
-from omni_ray.api.body import model_name, parse_object, read_body
+from omni_ray.api.body import model_name
 from omni_ray.api.directory import Directory
+from omni_ray.api.inputs import read_fields, read_images
 from omni_ray.api.limits import Inputs
+from omni_ray.api.media import Fetcher
 from omni_ray.api.pipeline import Drawer
 from omni_ray.api.protocol import VideosRequest, parse
 from omni_ray.api.stored_jobs import answer, page, which
 from omni_ray.api.submission import Submission
-from omni_ray.api.uploads import check_image, read_form, typed
 from omni_ray.errors import OmniRayError, RequestError
 from omni_ray.messages import Job, Route
 from omni_ray.store.stored import Kind, StoredJob
@@ -25,15 +26,18 @@ FIRST_FRAME = "input_reference"
 
 
 class Videos:
-    def __init__(self, directory: Directory, drawer: Drawer, background: Background, max_body_bytes: int) -> None:
+    def __init__(
+        self, directory: Directory, drawer: Drawer, background: Background, fetcher: Fetcher, max_body_bytes: int
+    ) -> None:
         self._directory = directory
         self._drawer = drawer
         self._background = background
+        self._fetcher = fetcher
         self._max_body_bytes = max_body_bytes
 
     async def create(self, request: Request) -> Response:
-        """Queue a video, and answer with its object. The body is JSON or a form; a form may have the file
-        `input_reference`, the first frame."""
+        """Queue a video, and answer with its object. The body is JSON or a form; `input_reference` is the first frame:
+        a file of the form, or `{"image_url": …}` in JSON."""
         return answer(video_object(await self._submit(request)))
 
     async def create_and_wait(self, request: Request) -> Response:
@@ -73,29 +77,20 @@ class Videos:
         return Response(data, media_type=content_type)
 
     async def _submit(self, request: Request) -> StoredJob:
-        body, images, strict = await self._read(request)
-        route = await self._directory.open(model_name(body))
+        uploaded = await read_fields(request, VideosRequest, (FIRST_FRAME,), self._max_body_bytes)
+        route = await self._directory.open(model_name(uploaded.fields))
         if route.type == "ar":
             raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
-        asked = parse(VideosRequest, body, strict=strict)
+        files = await read_images(uploaded, (FIRST_FRAME,), self._fetcher)
+        asked = parse(VideosRequest, uploaded.fields, strict=uploaded.strict)
         submission = Submission.of(request)
-        inputs = Inputs(prompt=asked.prompt, images=images)
+        inputs = Inputs(prompt=asked.prompt, images=tuple(files.get(FIRST_FRAME, ())))
         drawing, job, rewritten = await self._drawer.prepare(route, asked, inputs, submission.request_id)
         if drawing.limits["output"] != "video":
             raise RequestError(f"{route.name} makes images; use /v1/images/generations", param="model")
         job = timed(asked, drawing, job)
         said = {"prompt": asked.prompt} | ({"revised_prompt": rewritten.text} if rewritten else {})
         return await self._background.submit("video", drawing, job, said, submission)
-
-    async def _read(self, request: Request) -> tuple[dict[str, Any], tuple[bytes, ...], bool | None]:
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            return parse_object(await read_body(request, self._max_body_bytes)), (), None
-        body, files = await read_form(request, self._max_body_bytes, (FIRST_FRAME,))
-        images = tuple(files.get(FIRST_FRAME, ()))
-        for image in images:
-            await check_image(image, FIRST_FRAME)
-        known = VideosRequest.model_fields
-        return {name: value if name in known else typed(value) for name, value in body.items()}, images, False
 
 
 def timed(asked: VideosRequest, drawing: Route, job: Job) -> Job:
