@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from omni_ray.engine import lane
+from omni_ray.engine import lane, snapshots
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.messages import Event, Failure, Job, Usage
 from tests.ranks import pixels
@@ -40,6 +41,13 @@ def run_lanes(
         assert isinstance(last, Usage), last
     loop.stop()
     return made, events
+
+
+def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots whenever one can be, told before the next step begins."""
+    monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.0)
+    at_once = SimpleNamespace(submit=lambda save, *args: save(*args))
+    monkeypatch.setattr(snapshots, "_savers", at_once)
 
 
 def usage(events: list[Event]) -> Usage:

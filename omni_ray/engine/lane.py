@@ -14,7 +14,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
 from omni_ray.engine.preview import SCALES, Tail, clean_estimate, preview_steps
-from omni_ray.engine.replay import Answers, Arguments, Carried, Resumption, next_sample, sample_of, save
+from omni_ray.engine.replay import Answers, Arguments, Carried, Resumption, next_sample, sample_of
+from omni_ray.engine.snapshots import Snapshots, When
 from omni_ray.errors import Cancelled, EngineFailed, OmniRayError
-from omni_ray.messages import Event, Failure, Job, Media, Preview, Snapshot, StepEvent, Usage
+from omni_ray.messages import Event, Failure, Job, Media, Preview, StepEvent, Usage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 Encode = Callable[[Any, Job], Iterable[Media]]
 
-SNAPSHOT_S = 0.25
-"""Seconds between two snapshots of a lane, at least: what may be lost of a request whose replica dies."""
-
 logger = logging.getLogger(__name__)
 _thread_pools = ThreadpoolController()
-_savers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
 
 
 class Lane:
@@ -62,7 +58,7 @@ class Lane:
         emit: Emit | None,
         settle: Callable[[], object] = lambda: None,
         encode: Encode | None = None,
-        keeps_snapshots: bool = False,
+        snapshots: When = "never",
     ) -> None:
         self.id = job.id
         self.job = job
@@ -90,7 +86,6 @@ class Lane:
         self._resumption = Resumption(job.resume, device) if job.resume else None
         self._answers = Answers(gate, repeats=job.resume is not None) if job.resume or job.num_previews else None
         self._num_previews = 0
-        self._saved_at = self.created if keeps_snapshots else math.inf
         self._settle = settle
         self._encode = encode or encode_outputs
         self._emit = emit or _tell_nobody
@@ -98,6 +93,7 @@ class Lane:
         self._pipe = self._own(pipe, lock)
         guiders = {name: part for name, part in vars(self._pipe).items() if isinstance(part, BaseGuidance)}
         self._carried = Carried(self._pipe.scheduler, self._generator, guiders)
+        self._snapshots = Snapshots(job.id, "never" if emit is None else snapshots, self._carried, self._emit)
         self._thread = threading.Thread(target=self._run, name=f"lane-{job.id}", daemon=True)
 
     def start(self) -> None:
@@ -143,9 +139,11 @@ class Lane:
         def counting_step(*args: Any, **kwargs: Any) -> Any:
             if self._resumption is not None:
                 return self._pass_step(self._resumption, (args, kwargs))
-            result = step(*args, **kwargs)
+            result, is_computed = step(*args, **kwargs), self.branches_skipped == 0
             self._stepped(len(scheduler.timesteps))
-            self._show_and_save(scheduler, (args, kwargs), result)
+            self._show(scheduler, (args, kwargs), result)
+            if self.step < self.num_steps:
+                self._snapshots.stepped(self.step, self.steps_skipped, next_sample(result), is_computed=is_computed)
             return result
 
         @functools.wraps(set_timesteps)
@@ -161,7 +159,7 @@ class Lane:
         """The pipeline begins its loop anew, for the next frames or stage. No snapshot would hold those before it."""
         self._window_began_at = self.step
         self.kept.clear()
-        self._saved_at = math.inf
+        self._snapshots.stop()
 
     def _stepped(self, num_timesteps: int) -> None:
         self.step += 1
@@ -184,28 +182,20 @@ class Lane:
         self._answers.begin_step()
         self._branches_before, self.branches = self.branches, 0
         if resumption.is_over:
-            self.step = self.steps_computed = resumption.step
+            self.step, self.steps_skipped = resumption.step, resumption.steps_skipped
+            self.steps_computed = self.step - self.steps_skipped
             self._resumption, self._answers.repeats = None, False
+            self.kept.clear()  # what it has is of the first step
         return result
 
-    def _show_and_save(self, scheduler: Any, arguments: Arguments, result: Any) -> None:
-        """A preview where one is due, on all ranks; and now and then what another rank needs to go on."""
+    def _show(self, scheduler: Any, arguments: Arguments, result: Any) -> None:
+        """A preview where one is due, on all ranks."""
         if self._answers is not None:
             self._answers.begin_step()
             steps = preview_steps(self.job.num_previews, self.num_steps)
             if self.step in steps:
                 estimate = clean_estimate(scheduler, arguments[0][0], sample_of(arguments), result)
                 self._preview(estimate, SCALES[min(sum(step > self.step for step in steps), len(SCALES) - 1)])
-        if not self._follows and self.step < self.num_steps and time.perf_counter() > self._saved_at + SNAPSHOT_S:
-            self._saved_at = time.perf_counter()
-            data = save(self.step, next_sample(result), self._carried)
-            _savers.submit(self._tell_saved, self.step, data)
-
-    def _tell_saved(self, step: int, data: Callable[[], bytes]) -> None:
-        try:
-            self._emit(Snapshot(job_id=self.id, step=step, data=data()))
-        except Exception as error:
-            logger.warning("%s cannot be gone on with after step %d", self.id, step, exc_info=error)
 
     def _preview(self, latents: torch.Tensor, scale: float) -> None:
         assert self._answers is not None

@@ -22,6 +22,7 @@ from omni_ray.engine.forward import Forward
 from omni_ray.engine.gate import Call, Gate
 from omni_ray.engine.lane import Emit, Encode, Lane
 from omni_ray.engine.lockstep import Alone, Lockstep, Turn
+from omni_ray.engine.snapshots import When
 from omni_ray.errors import Cancelled, ConfigError
 from omni_ray.messages import Failure, Job
 
@@ -67,9 +68,9 @@ class EngineLoop:
         self._encode = encode
         self._edits = edits
         self._teacache = accelerators.teacache if accelerators else None
-        self._has_cache = self._teacache is not None
-        # What a cache keeps of a request is in no snapshot, and without it the image would be another one.
-        self._has_memory = self._has_cache or (accelerators is not None and accelerators.cache_dit is not None)
+        self._snapshots: When = "before computed steps" if self._teacache else "after any step"
+        if accelerators is not None and accelerators.cache_dit is not None:  # what it keeps goes back several steps
+            self._snapshots = "never"
         self._num_admitted = 0
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
@@ -161,7 +162,7 @@ class EngineLoop:
         """The calls to compute next, in a share for each part of the cfg axis."""
         if not calls:
             return []
-        if self._num_parts > 1 and self._has_cache:
+        if self._num_parts > 1 and self._teacache is not None:
             return batch.share_at_home(calls, self._slack_s, self._budget, self._num_parts)
         chosen = batch.choose(calls, self._slack_s, self._budget * self._num_parts)
         return batch.share_out(chosen, calls, self._slack_s, self._num_parts)
@@ -182,7 +183,7 @@ class EngineLoop:
             emit = self._emits.pop(job.id, None)
             kind = "mask" if job.mask else "image" if job.images else "text"
             owned = (self._edits.get(kind, self._pipe), self._device, self._gate, self._helper_lock)
-            lane = Lane(job, *owned, emit, self._clock.busy, self._encode, keeps_snapshots=not self._has_memory)
+            lane = Lane(job, *owned, emit, self._clock.busy, self._encode, self._snapshots)
             self._lanes[job.id] = lane
             lane.number, self._num_admitted = self._num_admitted, self._num_admitted + 1
             lane.start()

@@ -77,7 +77,7 @@ class Carried:
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
-def save(step: int, sample: torch.Tensor, carried: Carried) -> Callable[[], bytes]:
+def save(step: int, steps_skipped: int, sample: torch.Tensor, carried: Carried) -> Callable[[], bytes]:
     """What a lane needs to go on after ``step`` steps, the last of which gave ``sample``.
 
     The copies from the device are only queued here, as to wait for them would leave the device without work; what is
@@ -85,6 +85,7 @@ def save(step: int, sample: torch.Tensor, carried: Carried) -> Callable[[], byte
     """
     state: dict[str, Any] = {
         "step": step,
+        "steps_skipped": steps_skipped,
         "sample": sample,
         "scheduler": {name: value for name, value in vars(carried.scheduler).items() if _is_plain(value)},
         "generator": carried.generator.get_state(),
@@ -125,6 +126,7 @@ class Resumption:
     def __init__(self, saved: bytes, device: torch.device) -> None:
         self._saved = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
         self.step: int = self._saved["step"]
+        self.steps_skipped: int = self._saved["steps_skipped"]
         self._passed = 0
 
     def pass_step(self, carried: Carried, arguments: Arguments) -> Any:

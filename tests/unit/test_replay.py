@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from omni_ray.engine import lane
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.engine.preview import preview_steps
 from omni_ray.messages import Event, Job, Preview, Snapshot, StepEvent
-from tests.lanes import run_lanes, usage
+from tests.lanes import run_lanes, save_at_once, usage
 from tests.ranks import jobs_of
 from tests.tiny_dit import FAMILIES
 
@@ -27,10 +26,7 @@ NUM_STEPS = 6
 
 @pytest.fixture
 def each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Snapshots after every step, told before the next one begins."""
-    monkeypatch.setattr(lane, "SNAPSHOT_S", 0.0)
-    at_once = SimpleNamespace(submit=lambda tell, *args: tell(*args))
-    monkeypatch.setattr(lane, "_savers", at_once)
+    save_at_once(monkeypatch)
 
 
 def job_of(family: str, **more: Any) -> Job:
@@ -51,9 +47,9 @@ def steps(events: list[Event]) -> list[int]:
 def test_goes_on_where_another_lane_was(family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(family)
     wanted, events = run(tiny(family), [job], monkeypatch)
-    snapshots = [event for event in events[job.id] if isinstance(event, Snapshot)]
-    assert [each.step for each in snapshots] == list(range(1, NUM_STEPS))
-    for snapshot in (snapshots[0], snapshots[3]):
+    saved = [event for event in events[job.id] if isinstance(event, Snapshot)]
+    assert [each.step for each in saved] == list(range(1, NUM_STEPS))
+    for snapshot in (saved[0], saved[3]):
         made, after = run(tiny(family), [dataclasses.replace(job, resume=snapshot.data)], monkeypatch)
         assert (made[job.id] == wanted[job.id]).all()
         assert steps(after[job.id]) == list(range(snapshot.step + 1, NUM_STEPS + 1))
@@ -66,9 +62,9 @@ def test_a_video_of_several_windows_goes_on_from_its_first_one(tiny: Any, monkey
     job = dataclasses.replace(job, params=job.params | {"num_frames": 10})
     wanted, events = run(tiny("helios"), [job], monkeypatch)
     assert steps(events[job.id]) == list(range(1, 2 * NUM_STEPS + 1))
-    snapshots = [event for event in events[job.id] if isinstance(event, Snapshot)]
-    assert [each.step for each in snapshots] == list(range(1, NUM_STEPS + 1))
-    for snapshot in (snapshots[1], snapshots[-1]):
+    saved = [event for event in events[job.id] if isinstance(event, Snapshot)]
+    assert [each.step for each in saved] == list(range(1, NUM_STEPS + 1))
+    for snapshot in (saved[1], saved[-1]):
         made, _ = run(tiny("helios"), [dataclasses.replace(job, resume=snapshot.data)], monkeypatch)
         assert (made[job.id] == wanted[job.id]).all()
 

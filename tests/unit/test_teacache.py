@@ -3,6 +3,7 @@ decision itself."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,8 @@ from omni_ray.config.catalog import FAMILIES as CATALOG
 from omni_ray.config.spec import Batching, Cache
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import ConfigError
-from omni_ray.messages import Event, Job, StepEvent
-from tests.lanes import assert_skips_as_alone, run_lanes, usage
+from omni_ray.messages import Event, Job, Snapshot, StepEvent
+from tests.lanes import assert_skips_as_alone, run_lanes, save_at_once, usage
 from tests.ranks import jobs_of
 
 FAMILIES = ("flux", "flux2", "qwen_image", "hunyuan_image", "z_image", "sd3", "wan", "helios")
@@ -80,6 +81,22 @@ def test_each_window_of_a_video_begins_and_ends_with_a_computed_step(
     steps = [event for event in events["j"] if isinstance(event, StepEvent)]
     assert [(event.step, event.num_steps) for event in steps] == [(i, 10) for i in range(1, 11)]
     assert [event.computed for event in steps] == [True, False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_lane_goes_on_to_the_same_image(family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_at_once(monkeypatch)
+    job = jobs_of(family)[0]
+    job = Job(id="j", model="m", group="m", params=job.params | {"num_inference_steps": 12}, seed=0)
+    wanted, events = serve(tiny(family), [job], 1e9, monkeypatch)
+    saved = [event for event in events["j"] if isinstance(event, Snapshot)]
+    computed = [event.step for event in events["j"] if isinstance(event, StepEvent) and event.computed]
+    assert [each.step for each in saved] == [step - 1 for step in computed if 1 < step < 12]
+    for snapshot in saved:
+        made, after = serve(tiny(family), [dataclasses.replace(job, resume=snapshot.data)], 1e9, monkeypatch)
+        assert (made["j"] == wanted["j"]).all()
+        assert usage(after["j"]).steps_skipped == usage(events["j"]).steps_skipped
+        assert usage(after["j"]).steps_computed == usage(events["j"]).steps_computed
 
 
 def test_a_step_that_runs_out_of_memory_is_decided_about_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
