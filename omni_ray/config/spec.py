@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from omni_ray.config import vllm_names
 from omni_ray.config.block import Block as Block
 from omni_ray.config.block import Positive
 from omni_ray.config.levers import Attention as Attention
@@ -30,25 +31,6 @@ MediaHost = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*(:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)]
 
 DEMO_SOURCES = ("demo:chat", "demo:image", "demo:video")
-
-# The names of `vllm serve` for what has a key of its own here.
-VLLM_ALIASES = {
-    "model": "source",
-    "served_model_name": "name",
-    "dtype": "dtype",
-    "quantization": "quantization",
-    "tensor_parallel_size": "parallel.tensor",
-    "pipeline_parallel_size": "parallel.pipeline",
-    "nnodes": "parallel.num_nodes",
-    "gpu_memory_utilization": "memory.gpu_memory_utilization",
-    "cpu_offload_gb": "offload.cpu_offload_gb",
-    "trust_remote_code": "trust_remote_code",
-    "load_format": "load_format",
-}
-ELSEWHERE = {"api_key": "api.keys_file", "allowed_media_domains": "api.media_hosts"}
-"""Names of `vllm serve` for what the endpoint does before a request comes to vLLM."""
-PICKLED_FORMATS = ("pt", "npcache", "hf")
-"""vLLM's load formats that read pickles, or do so where there is nothing else."""
 
 
 class Autoscaling(Block):
@@ -168,7 +150,7 @@ class Group(Block):
 class ArGroup(Group):
     """An autoregressive model (LLM or VLM) on vLLM."""
 
-    aliases: ClassVar[dict[str, str]] = VLLM_ALIASES
+    aliases: ClassVar[dict[str, str]] = vllm_names.ALIASES
 
     type: Literal["ar"] = Field(description="Served by vLLM.")
     load_format: str = Field(
@@ -177,7 +159,7 @@ class ArGroup(Group):
     )
     parallel: ArParallel = Field(default_factory=ArParallel, description="Ranks of one replica.")
     offload: ArOffload = Field(default_factory=ArOffload, description="Weights in host memory.")
-    quantization: str | None = Field(
+    quantization: vllm_names.Quantization | None = Field(
         None, description="A vLLM quantization method, such as `fp8` or `awq`; null reads the checkpoint's own."
     )
     routing: Literal["balanced", "prefix"] = Field(
@@ -191,7 +173,7 @@ class ArGroup(Group):
     @field_validator("engine_args")
     @classmethod
     def _no_second_home(cls, args: dict[str, Any]) -> dict[str, Any]:
-        homes = {name: f"{home} of the model" for name, home in VLLM_ALIASES.items()} | ELSEWHERE
+        homes = {name: f"{home} of the model" for name, home in vllm_names.ALIASES.items()} | vllm_names.ELSEWHERE
         found = {key: homes[name] for key in args if (name := key.replace("-", "_")) in homes}
         if found:
             raise ValueError(
@@ -201,7 +183,7 @@ class ArGroup(Group):
 
     @model_validator(mode="after")
     def _pickles_are_allowed(self) -> Self:
-        if self.load_format.lower() in PICKLED_FORMATS and not self.allow_pickle_weights:
+        if self.load_format.lower() in vllm_names.PICKLED_FORMATS and not self.allow_pickle_weights:
             raise ValueError(
                 f"load_format = {self.load_format!r} reads pickles, which can run code that is in them; use 'auto' "
                 "with a checkpoint in safetensors, or set allow_pickle_weights: true"

@@ -11,12 +11,13 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import pytest_asyncio
 
 from omni_ray.config.spec import ArGroup, ArParallel, OmniSpec
+from omni_ray.config.vllm_names import Quantization
 from omni_ray.errors import ConfigError, Unavailable
 from omni_ray.messages import HttpHead, HttpRequest
 from omni_ray.replica.ar import ArReplica
@@ -253,6 +254,12 @@ async def test_the_groups_own_keys_become_flags() -> None:
     keys = {"load_format": "dummy", "dtype": "float32", "trust_remote_code": True, "quantization": "fp8"}
     args = serve_args(group_of(spec_of("/somewhere")).model_copy(update=keys), "/somewhere")
     assert {key: getattr(args, key) for key in keys} == keys
+
+
+async def test_every_quantization_of_vllm_can_be_asked_for() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    assert set(QUANTIZATION_METHODS) <= set(get_args(Quantization))
 
 
 @pytest.mark.parametrize(
