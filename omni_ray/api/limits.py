@@ -128,15 +128,30 @@ def _size_problems(request: Generation, limits: dict[str, Any]) -> Problems:
             near = max(multiple, round(pixels / multiple) * multiple)
             yield _said_in(request, name), f"{pixels} is no multiple of {multiple}; {near} is"
     yield from _pixel_problems(request, limits, max_pixels, "that are taken")
+    width, height = _size(request, limits)
+    at_once, num = limits["max_pixels_at_once"], request.num_outputs
+    if at_once is not None and width * height <= max_pixels and num * width * height > at_once:
+        problem = f"{num} x {width} x {height} pixels are more than the {at_once} that fit into memory at once"
+        yield _count_field(request), f"{problem}; ask for {at_once // (width * height)} at most"
+
+
+def _size(request: Generation, limits: dict[str, Any]) -> tuple[int, int]:
+    said = zip(("width", "height"), request.pixels, strict=True)
+    width, height = (pixels or limits["defaults"].get(name, 0) for name, pixels in said)
+    return width, height
+
+
+def _count_field(request: Generation) -> str:
+    return "n" if request.n is not None else "num_outputs_per_prompt"
 
 
 def _pixel_problems(request: Generation, limits: dict[str, Any], max_pixels: int, whose: str) -> Problems:
-    said = zip(("width", "height"), request.pixels, strict=True)
-    width, height = (pixels or limits["defaults"].get(name, 0) for name, pixels in said)
+    width, height = _size(request, limits)
     if width * height > max_pixels:
         product = f"{width} x {height} = {width * height}"
         larger = "width" if width >= height else "height"
-        yield _said_in(request, larger), f"{product} pixels are more than the {max_pixels} {whose}"
+        side = math.isqrt(max_pixels) // limits["size_multiple"] * limits["size_multiple"]
+        yield _said_in(request, larger), f"{product} pixels are more than the {max_pixels} {whose}; {side}x{side} fits"
 
 
 def _key_problems(request: Generation, limits: dict[str, Any], key: KeyLimits | None) -> Problems:
@@ -161,8 +176,7 @@ def _count_problems(request: Generation, limits: dict[str, Any]) -> Problems:
         if value is not None and value > limits[limit]:
             yield name, f"{shown(value)} is more than {limits[limit]}"
     if request.num_outputs > limits["max_outputs"]:
-        name = "n" if request.n is not None else "num_outputs_per_prompt"
-        yield name, f"{shown(request.num_outputs)} is more than {limits['max_outputs']}"
+        yield _count_field(request), f"{shown(request.num_outputs)} is more than {limits['max_outputs']}"
     multiple, frames = limits["frame_multiple"], request.num_frames
     if frames is not None and frames % multiple != 1 % multiple:
         near = frames // multiple * multiple + 1

@@ -151,15 +151,17 @@ class Rank:
         from omni_ray.plan.inventory import local_inventory
 
         pixels = safe_pixels(self._group, self._source, local_inventory()) if device.type == "cuda" else None
-        if pixels is None or pixels >= capabilities.max_pixels:
+        if pixels is None:
             return capabilities
-        logger.warning(
-            "%s: limits.max_pixels is %d, but no more than %d fit beside the weights; more is refused",
-            self._group.id,
-            capabilities.max_pixels,
-            pixels,
-        )
-        return dataclasses.replace(capabilities, max_pixels=pixels)
+        if pixels < capabilities.max_pixels:
+            logger.warning(
+                "%s: limits.max_pixels is %d, but no more than %d fit beside the weights; more is refused",
+                self._group.id,
+                capabilities.max_pixels,
+                pixels,
+            )
+        largest = min(pixels, capabilities.max_pixels)
+        return dataclasses.replace(capabilities, max_pixels=largest, max_pixels_at_once=pixels)
 
     @property
     def _engine(self) -> EngineLoop:

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | None:
-    """Width x height of the largest image that fits on a GPU of the first node; None where all that the limits allow
-    fits, or nothing is known of the checkpoint."""
+    """Pixels of all images of the largest request that fits on a GPU of the first node; None where all that the limits
+    allow fits, or nothing is known of the checkpoint."""
     node = inventory[0]
     if not node.num_gpus:
         return None
@@ -24,6 +24,6 @@ def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | Non
         need = need_of(group, read_checkpoint(source), node, place(group, has_gpus=True))
     except (ConfigError, KeyError, TypeError, ValueError):
         return None
-    if need.largest and not need.safe_pixels:
+    if need.safe_pixels == 0:
         logger.warning("%s: limits allow %s, which does not fit; lower limits.max_frames", group.id, need.largest)
-    return need.safe_pixels or None if need.largest else None
+    return need.safe_pixels or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from omni_ray.plan.refusals import Refusal, group_refusals
 from omni_ray.plan.request import Request, default_request, largest_request
 from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds, nodes_of_axes
 
+PARTS = 32
+"""Of ``limits.max_pixels``: what fits is known so well."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -32,8 +36,8 @@ class Need:
     tokens_per_s: float | None = None
     largest: Request | None = None
     """The largest request that ``limits`` allow, where memory does not allow it."""
-    safe_pixels: int = 0
-    """What ``limits.max_pixels`` could then be; 0 is nothing."""
+    safe_pixels: int | None = None
+    """Pixels of all images of the largest request that fits; 0 is none, None all that ``limits`` allow."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +179,18 @@ def need_of(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, place
     request = default_request(group, checkpoint, vae)
     memory = dit_memory(group, parts, request, budget, on_gpu)
     estimate = dit_seconds(group, parts, request, node.card) if on_gpu and node.card else None
-    largest = largest_request(group, request, vae, group.limits.max_pixels)
-    if not memory.fits or dit_memory(group, parts, largest, budget, on_gpu).fits:
+    most = group.limits.max_pixels
+
+    def fits(num_pixels: int) -> bool:
+        return dit_memory(group, parts, largest_request(group, request, vae, num_pixels), budget, on_gpu).fits
+
+    if not memory.fits or fits(most * group.limits.max_outputs):
         return Need(memory, request, estimate)
-    sizes = [largest_request(group, request, vae, group.limits.max_pixels * part // 32) for part in range(31, 0, -1)]
-    safe = [size for size in sizes if dit_memory(group, parts, size, budget, on_gpu).fits]
-    pixels = safe[0].width * safe[0].height if safe else 0
-    return Need(memory, request, estimate, largest=largest, safe_pixels=pixels)
+    parts_of_most = range(1, PARTS * group.limits.max_outputs)  # several images are as much as one of all their pixels
+    num_fit = bisect.bisect_left(parts_of_most, True, key=lambda part: not fits(most * part // PARTS))
+    safe = largest_request(group, request, vae, most * num_fit // PARTS)
+    largest = largest_request(group, request, vae, most) if num_fit < PARTS else None
+    return Need(memory, request, estimate, largest=largest, safe_pixels=safe.width * safe.height if num_fit else 0)
 
 
 def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card | None) -> Refusal:

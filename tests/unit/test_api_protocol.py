@@ -23,6 +23,7 @@ LIMITS = {
     "size_multiple": 16,
     "frame_multiple": 1,
     "max_pixels": 512 * 512,
+    "max_pixels_at_once": None,
     "max_steps": 50,
     "max_outputs": 4,
     "max_frames": 1,
@@ -57,6 +58,14 @@ def job_of(
 def chat(*content: Any, **fields: Any) -> ChatRequest:
     messages = [{"role": "user", "content": each} for each in content]
     return parse(ChatRequest, {"model": "m", "messages": messages} | fields)
+
+
+def test_as_many_images_as_fit_into_memory_at_once() -> None:
+    limits = LIMITS | {"max_pixels_at_once": 3 * 256 * 256}
+    assert job_of(limits, n=3).num_outputs == 3
+    problem = "n: 4 x 256 x 256 pixels are more than the 196608 that fit into memory at once; ask for 3 at most"
+    with pytest.raises(RequestError, match=problem):
+        job_of(limits, n=4)
 
 
 def test_a_request_becomes_a_job() -> None:
@@ -117,7 +126,11 @@ def test_a_value_of_the_wrong_kind_is_named(fields: dict[str, Any], param: str |
     [
         ({"size": "250x256"}, "size", "250 is no multiple of 16; 256 is"),
         ({"width": 8}, "width", "8 is no multiple of 16; 16 is"),
-        ({"height": 4096}, "height", "256 x 4096 = 1048576 pixels are more than the 262144"),
+        (
+            {"height": 4096},
+            "height",
+            "256 x 4096 = 1048576 pixels are more than the 262144 that are taken; 512x512 fits",
+        ),
         ({"num_inference_steps": 10**9}, "num_inference_steps", "1000000000 is more than 50"),
         ({"n": 5}, "n", "5 is more than 4"),
         ({"num_outputs_per_prompt": 5}, "num_outputs_per_prompt", "5 is more than 4"),

@@ -89,7 +89,11 @@ def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
         return safe_pixels(group, QWEN, parse_inventory([card]))
 
     limits = {"limits": {"max_pixels": 8192 * 8192}}
-    assert largest("1xH200-141G") is None
+    assert largest("1xH200-141G", limits={"max_outputs": 1}) is None
+    one, two, ten = (largest("1xH100-80G", limits={"max_outputs": num}) for num in (1, 2, 10))
+    assert one is None
+    assert two is not None
+    assert 2048**2 < two == ten < 2 * 2048**2
     small, large = largest("1xH100-80G", **limits), largest("1xH200-141G", **limits)
     assert small
     assert large
