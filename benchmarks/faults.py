@@ -20,8 +20,8 @@ from pathlib import Path
 
 import httpx
 import psutil
-import yaml
 
+from benchmarks import serve_file
 from tests.conftest import Server, num_placement_groups, serving
 
 RANK = "ray::Rank"
@@ -36,11 +36,8 @@ def main() -> None:
 
     num_ranks = math.prod(args.parallel.values())
     model = {"name": "gang", "type": "dit", "source": "demo:image", "parallel": args.parallel}
-    application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build"}
-    config = {"http_options": {"host": "127.0.0.1"}, "applications": [application | {"args": {"models": [model]}}]}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "gang.yaml")
-        file.write_text(yaml.safe_dump(config))
+        file = serve_file.write(Path(folder, "gang.yaml"), {"models": [model]})
         with serving(file, Path(folder, "log")) as server:
             num_groups = num_placement_groups()
             print("round   images  gone s  first image s  ranks  placement groups")

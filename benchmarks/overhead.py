@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import yaml
+from benchmarks import serve_file
 
 PORTS = {"bare": 8100, "omni_ray": 8101}
 
@@ -137,12 +137,7 @@ def _one_image(args: argparse.Namespace, url: str) -> dict[str, Any]:
 def _omni(args: argparse.Namespace, model: dict[str, Any]) -> list[str]:
     spec = {"models": [model], "api": {"num_replicas": args.api_replicas}}
     file = Path(tempfile.mkstemp(suffix=".yaml")[1])
-    application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": spec}
-    file.write_text(
-        yaml.safe_dump(
-            {"http_options": {"host": "127.0.0.1", "port": PORTS["omni_ray"]}, "applications": [application]}
-        )
-    )
+    serve_file.write(file, spec, port=PORTS["omni_ray"])
     return [sys.executable, "-m", "omni_ray.cli", "serve", str(file), "--port", str(PORTS["omni_ray"])]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from benchmarks import serve_file
 
 CHAT_ENGINE = {"max_model_len": 2048, "enforce_eager": True}
 
@@ -31,7 +31,4 @@ def write(
     ]
     models = [model | (change or {}).get(model["name"], {}) for model in models if model["name"] in names]
     spec = {"models": models, "jobs": {"folder": str(jobs)}, "api": {"num_replicas": 2}}
-    application = {"name": "omni", "route_prefix": "/", "import_path": "omni_ray.app:build", "args": spec}
-    config = {"http_options": {"host": "0.0.0.0", "port": 8000}, "applications": [application]}
-    file.write_text(yaml.safe_dump(config))
-    return file
+    return serve_file.write(file, spec, host="0.0.0.0")

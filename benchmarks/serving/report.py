@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -116,19 +115,7 @@ def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     if not refused:
         return {}
     told = [o for o in refused if o.retry_after_s is not None]
-    taken: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        if outcome.failure is None:
-            taken.setdefault(outcome.model, []).append(outcome.sent_s)
-    own = {o.index: o.sent_s for o in outcomes if o.attempt and not o.refused}
-    first = [o for o in told if not o.attempt]
-    real = [Estimate(o.retry_after_s or 0.0, own[o.index] - o.end_s) for o in first if o.index in own]
-    for times in taken.values():
-        times.sort()
-    for outcome in [] if own else told:
-        times = taken.get(outcome.model, [])
-        if (place := bisect.bisect_right(times, outcome.end_s)) < len(times):
-            real.append(Estimate(outcome.retry_after_s or 0.0, times[place] - outcome.end_s))
+    real = _until_taken(told, outcomes) or _until_another_was(told, outcomes)
     again = [o for o in outcomes if o.attempt]
     return {
         "num": len(refused),
@@ -137,6 +124,23 @@ def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "ratio_p50": _median_ratio(real) if real else None,
         "came_again": {"num": len(again), "taken": sum(not o.refused for o in again)},
     }
+
+
+def _until_taken(told: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Estimate]:
+    """The first Retry-After of each request beside the time until it was taken itself."""
+    taken = {o.index: o.sent_s for o in outcomes if o.attempt and not o.refused}
+    first = [o for o in told if not o.attempt and o.index in taken]
+    return [Estimate(o.retry_after_s or 0.0, taken[o.index] - o.end_s) for o in first]
+
+
+def _until_another_was(told: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Estimate]:
+    """Each Retry-After beside the time until the model took a later request."""
+    found = []
+    for refused in told:
+        later = [o.sent_s for o in outcomes if o.failure is None and o.model == refused.model]
+        if later := [sent_s for sent_s in later if sent_s > refused.end_s]:
+            found.append(Estimate(refused.retry_after_s or 0.0, min(later) - refused.end_s))
+    return found
 
 
 def table(row: Mapping[str, Any]) -> str:
