@@ -126,7 +126,7 @@ class Resumption:
     def __init__(self, saved: bytes, device: torch.device) -> None:
         self._saved = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
         self.step: int = self._saved["step"]
-        self.steps_skipped: int = self._saved["steps_skipped"]
+        self.steps_skipped: int = self._saved.get("steps_skipped", 0)  # older releases saved none
         self._passed = 0
 
     def pass_step(self, carried: Carried, arguments: Arguments) -> Any:
