@@ -71,7 +71,7 @@ def test_every_flag_means_a_key_of_the_spec() -> None:
     values = {"int": "2", "float": "0.5", "loads": "{}"}
     own = {"device": "cpu", "dtype": "float32", "load_format": "dummy", "quantization.kind": "int8"}
     own |= {"cache.kind": "teacache", "parallel.cfg": "2", "cache.calibration": "x", "compile.mode": "regional"}
-    own |= {"cache.coefficients": "[1, 0]", "cache.quality.psnr": "32"}
+    own |= {"cache.coefficients": "[1, 0]", "cache.quality.psnr": "32", "quantization": "fp8"}
     needs = {"offload.cpu_offload_gb": ["--enable-cpu-offload"], "cache.threshold": ["--enable-teacache"]}
     needs |= {"cache.calibration": ["--enable-teacache"], "cache.cache_dit": ["--enable-cache-dit"]}
     needs |= {key: ["--enable-teacache"] for key in ("cache.coefficients", "cache.max_consecutive_skips")}
