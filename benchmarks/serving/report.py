@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -115,7 +116,8 @@ def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     if not refused:
         return {}
     told = [o for o in refused if o.retry_after_s is not None]
-    real = _until_taken(told, outcomes) or _until_another_was(told, outcomes)
+    taken = {o.index: o.sent_s for o in outcomes if o.attempt and not o.refused}
+    real = _until_taken(told, taken) if taken else _until_another_was(told, outcomes)
     again = [o for o in outcomes if o.attempt]
     return {
         "num": len(refused),
@@ -126,20 +128,23 @@ def _refusals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _until_taken(told: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Estimate]:
-    """The first Retry-After of each request beside the time until it was taken itself."""
-    taken = {o.index: o.sent_s for o in outcomes if o.attempt and not o.refused}
+def _until_taken(told: Sequence[Outcome], taken: Mapping[int, float]) -> list[Estimate]:
+    """The first Retry-After of each request beside the time until it was ``taken`` itself: when, by its index."""
     first = [o for o in told if not o.attempt and o.index in taken]
     return [Estimate(o.retry_after_s or 0.0, taken[o.index] - o.end_s) for o in first]
 
 
 def _until_another_was(told: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Estimate]:
     """Each Retry-After beside the time until the model took a later request."""
+    sent: dict[str, list[float]] = {}
+    for each in sorted(outcomes, key=lambda outcome: outcome.sent_s):
+        if each.failure is None:
+            sent.setdefault(each.model, []).append(each.sent_s)
     found = []
     for refused in told:
-        later = [o.sent_s for o in outcomes if o.failure is None and o.model == refused.model]
-        if later := [sent_s for sent_s in later if sent_s > refused.end_s]:
-            found.append(Estimate(refused.retry_after_s or 0.0, min(later) - refused.end_s))
+        times = sent.get(refused.model, [])
+        if (place := bisect.bisect_right(times, refused.end_s)) < len(times):
+            found.append(Estimate(refused.retry_after_s or 0.0, times[place] - refused.end_s))
     return found
 
 

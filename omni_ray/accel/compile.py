@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import ModelHook
 
 from omni_ray.accel.hooks import register
-from omni_ray.accel.modules import kinds_of_blocks, transformers_of
+from omni_ray.accel.modules import repeated_blocks, transformers_of
 from omni_ray.accel.rotary import rotate_in_real_numbers
 from omni_ray.config.spec import Compile
 from omni_ray.errors import ConfigError
@@ -50,13 +50,12 @@ def apply_compile(
     rotate_in_real_numbers()
     warnings = []
     for name, transformer in transformers_of(pipe).items():
-        if kinds := kinds_of_blocks(transformer):
-            transformer._repeated_blocks = kinds
+        if blocks := repeated_blocks(transformer):
+            transformer._repeated_blocks = sorted({type(block).__name__ for block in blocks})
             transformer.compile_repeated_blocks(fullgraph=True, dynamic=None if spec.dynamic else False)
             if spec.dynamic:
-                for block in transformer.modules():
-                    if type(block).__name__ in kinds:
-                        register(block, "sizes", Sizes())
+                for block in blocks:
+                    register(block, "sizes", Sizes())
             continue
         reason = f"{name} ({type(transformer).__name__}) names no repeated blocks"
         if spec.mode == "regional":

@@ -24,10 +24,10 @@ def is_transformer(name: str) -> bool:
     return name.split("_")[0] in ("transformer", "unet")
 
 
-def kinds_of_blocks(transformer: torch.nn.Module) -> list[str]:
-    """The classes of its repeated blocks: those that it names, else those in the stacks of its family."""
-    if names := getattr(transformer, "_repeated_blocks", None):
-        return list(cast("list[str]", names))
+def repeated_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """Those of the classes that it names, else of those in the stacks of its family."""
     family = FAMILIES.get(type(transformer).__name__)
     stacks = [cast("torch.nn.ModuleList", transformer.get_submodule(name)) for name in family.stacks] if family else []
-    return sorted({type(block).__name__ for stack in stacks for block in stack})
+    kinds = cast("list[str] | None", getattr(transformer, "_repeated_blocks", None))
+    kinds = kinds or [type(block).__name__ for stack in stacks for block in stack]
+    return [module for module in transformer.modules() if type(module).__name__ in kinds]

@@ -92,9 +92,8 @@ class DitReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`omni_ray.replica.scaling.ByOutstandingSeconds` decides by: the work of the whole group."""
-        return dict(
-            zip((scaling.OUTSTANDING_S, scaling.BUSY), await self._router.load.remote(self._group.id), strict=True)
-        )
+        outstanding_s, busy = await self._router.load.remote(self._group.id)
+        return {scaling.OUTSTANDING_S: outstanding_s, scaling.BUSY: busy}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over what of the group can change while it runs; see :class:`LiveConfig`."""

@@ -77,19 +77,25 @@ def test_what_cannot_be_compiled_is_said(tiny_folder: Any, monkeypatch: pytest.M
         apply_compile(pipe, Compile(mode="regional"), CPU)
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("flux", 2), ("qwen_image", 1), ("z_image", 4), ("wan", 1), ("sd3", 2)])
-def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
-    family: str, kinds: int, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def traced(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """The pipeline with the blocks of its first transformer compiled, but no code made of their graphs; and the
+    compiler's counters from now on."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()
-    pipe = load(tiny_folder(family))
     traced_only = functools.partial(pipe.transformer.compile_repeated_blocks, backend="eager")
     monkeypatch.setattr(pipe.transformer, "compile_repeated_blocks", traced_only, raising=False)
     if hasattr(pipe, "transformer_2"):
         monkeypatch.setattr(pipe.transformer_2, "compile_repeated_blocks", lambda **_: None)
     apply_compile(pipe, Compile(mode="regional"), CPU)
+    return pipe, counters
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("flux", 2), ("qwen_image", 1), ("z_image", 4), ("wan", 1), ("sd3", 2)])
+def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
+    family: str, kinds: int, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, counters = traced(load(tiny_folder(family)), monkeypatch)
     one_by_one = Batching(max_num_batched_tokens=1)
     run_lanes(EngineLoop(pipe, one_by_one), jobs_of(family)[:3], monkeypatch)
     assert counters["unique_graphs"] == kinds
@@ -99,13 +105,7 @@ def test_one_graph_for_each_kind_of_block_whatever_the_sizes(
 def test_no_request_waits_for_the_compiler_after_the_warm_up(
     family: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters["stats"]
-    counters.clear()
-    pipe = load(tiny_folder(family))
-    traced_only = functools.partial(pipe.transformer.compile_repeated_blocks, backend="eager")
-    monkeypatch.setattr(pipe.transformer, "compile_repeated_blocks", traced_only, raising=False)
-    apply_compile(pipe, Compile(mode="regional"), CPU)
+    pipe, counters = traced(load(tiny_folder(family)), monkeypatch)
     sizes: list[int] = []
     first, *others = jobs_of(family)[:4]
     loop = EngineLoop(pipe, Batching(), on_forward=lambda name, size, *_: sizes.append(size))

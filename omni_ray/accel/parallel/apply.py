@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry
 from torch.distributed.device_mesh import DeviceMesh
 
 from omni_ray.accel.hooks import make_hooked, register
-from omni_ray.accel.modules import kinds_of_blocks, transformers_of
+from omni_ray.accel.modules import repeated_blocks, transformers_of
 from omni_ray.accel.parallel.attention import ShardedAttention
 from omni_ray.accel.parallel.hooks import plan_hooks
 from omni_ray.accel.parallel.mesh import Ranks
@@ -63,10 +63,8 @@ def _apply_sequence(transformer: Any, plan: SequencePlan, mesh: DeviceMesh) -> N
         joined = ShardedAttention(sequence, streams)
         for attention in expand(transformer, path).values():
             attention.processor = sharded(attention.processor, joined)
-    kinds = kinds_of_blocks(transformer)
-    for module in transformer.modules():
-        if type(module).__name__ in kinds:
-            make_hooked(module)  # those without hooks too: blocks of one class are compiled once
+    for block in repeated_blocks(transformer):
+        make_hooked(block)  # those without hooks too: blocks of one class are compiled once
     for i, (path, hook) in enumerate(reversed(plan_hooks(sequence, plan, transformer))):
         for module in expand(transformer, path).values():
             name = f"sequence {i:02}"
