@@ -27,7 +27,7 @@ def make(seed: int) -> float:
     start = time.perf_counter()
     generator = torch.Generator("cpu").manual_seed(seed)
     image = pipe(
-        prompt="a red circle", width=width, height=height, num_inference_steps=args["steps"], generator=generator
+        prompt=args["prompt"], width=width, height=height, num_inference_steps=args["steps"], generator=generator
     ).images[0]
     image.save(io.BytesIO(), format="PNG", compress_level=1)
     return time.perf_counter() - start

@@ -7,6 +7,7 @@ the host takes longer to launch them than the device to run them.
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from diffusers.hooks import ModelHook
 from torch.utils import _pytree as pytree
 
 from omni_ray.accel.hooks import register
+from omni_ray.accel.launches import Launches
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.rotary import keep_no_angles
 from omni_ray.config.catalog import can_be_recorded
@@ -66,7 +68,11 @@ class Recorded:
 
 
 class CudaGraphs(ModelHook):  # type: ignore[misc]
-    """The first forward of a shape runs as ever (and is compiled), the second is recorded, all later ones replay it.
+    """The first forwards of a shape run as ever (and are compiled), a later one is recorded, and all others replay it.
+
+    A recording takes longer than a forward, and a shape may be one request's alone: its text has a length that no other
+    has. So what is recorded is what the group asked for, the first shape that comes twice, and all those whose forwards
+    are seen to wait for the host.
 
     All graphs of a transformer use the same memory for what lies between inputs and outputs: one runs at a time. A
     transformer that cannot be recorded (it reads from the device, say) fails if the group asked for it, and else runs
@@ -77,35 +83,40 @@ class CudaGraphs(ModelHook):  # type: ignore[misc]
         super().__init__()
         self._is_asked = is_asked
         self._fails = False
-        self._seen: set[Hashable] = set()
+        self._launches = Launches(lambda: torch.cuda.Event(enable_timing=True))
         self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
     def new_forward(self, module: torch.nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         key = (structure, torch.is_autocast_enabled("cuda"), *map(_shape, leaves))
-        is_recorded = key in self._recorded or (key in self._seen and self._record(key, call, leaves, structure))
+        is_recorded = key in self._recorded or (self._pays(key) and self._record(key, call, leaves, structure))
         if not is_recorded:
-            self._seen.add(key)
-            return call(*args, **kwargs)
+            with self._launches.forward(key):
+                return call(*args, **kwargs)
         self._recorded.move_to_end(key)
         return self._recorded[key].replay([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
+    def _pays(self, key: Hashable) -> bool:
+        if self._fails or not self._launches.have_seen(key):
+            return False
+        return self._is_asked or not self._launches.are_known or self._launches.keep_waiting(key)
+
     def _record(self, key: Hashable, call: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec) -> bool:
         """Whether it could be."""
-        if self._fails:
-            return False
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads (previews, decoding to files) may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                began = time.perf_counter()
                 outputs, out_structure = pytree.tree_flatten(call(*args, **kwargs))
+                self._launches.recorded(time.perf_counter() - began)
         except torch.OutOfMemoryError:
             torch.cuda.set_stream(stream)
             logger.warning("no memory to record another shape; all recordings are dropped")
-            self._seen.clear()
+            self._launches.forget(*self._recorded, key)
             self._recorded.clear()
             return False
         except RuntimeError as error:
@@ -117,7 +128,7 @@ class CudaGraphs(ModelHook):  # type: ignore[misc]
             return False
         while len(self._recorded) >= MAX_GRAPHS:
             evicted, _ = self._recorded.popitem(last=False)
-            self._seen.discard(evicted)
+            self._launches.forget(evicted)
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._recorded[key] = Recorded(graph, inputs, outputs, out_structure)
         return True

@@ -131,7 +131,7 @@ class Compile(Block):
     cuda_graphs: bool | None = Field(
         None,
         description="Record a transformer's kernels once per shape and replay them, which saves the host's time; null: "
-        "where blocks are compiled and no cache, offload or other rank stands in the way.",
+        "where blocks are compiled, no cache, offload or other rank stands in the way, and the host is the slower one.",
     )
 
 

@@ -17,6 +17,7 @@ from diffusers import attention_backend
 from omni_ray.accel.attention import apply_attention
 from omni_ray.accel.compile import apply_compile, is_compiled
 from omni_ray.accel.graphs import apply_cuda_graphs
+from omni_ray.accel.launches import Launches
 from omni_ray.config.spec import Attention, Batching, Compile, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.engine.warm_up import warm_up
@@ -133,6 +134,48 @@ def test_cuda_graphs_are_of_gpus_and_of_work_that_never_changes(tiny_folder: Any
         assert DitGroup.model_validate(fields | other).against_cuda_graphs == key
         with pytest.raises(ValueError, match=f"cannot go with {key}; remove one of them"):
             DitGroup.model_validate(fields | other | {"compile": asked})
+
+
+class Mark:
+    """A mark in the queue of a device that is ``behind`` or not. Its time is in milliseconds."""
+
+    now, behind = 0.0, False
+
+    def record(self) -> None:
+        self.at = Mark.now
+
+    def query(self) -> bool:
+        return not Mark.behind
+
+    def elapsed_time(self, end: Mark) -> float:
+        return end.at - self.at
+
+
+def test_only_shapes_that_wait_for_the_host_are_recorded() -> None:
+    launches = Launches(Mark)
+
+    def run(shape: str, *milliseconds: float) -> bool:
+        for each in milliseconds:
+            with launches.forward(shape):
+                Mark.now += each
+        return launches.keep_waiting(shape)
+
+    assert not launches.have_seen("first")
+    assert not run("first", 900, 60)
+    assert launches.have_seen("first")
+    assert not launches.are_known
+    launches.recorded(0.05)
+    assert launches.are_known
+    assert launches.keep_waiting("first")
+    assert not run("compiled just now", 800)
+    assert run("compiled just now", 55, 300)
+    assert not run("large", 800, 140, 141)
+    Mark.behind = True
+    assert not run("on its way", 50, 50)
+    Mark.behind = False
+    assert launches.keep_waiting("on its way")
+    launches.forget("on its way")
+    assert not launches.have_seen("on its way")
 
 
 @pytest.mark.thorough
