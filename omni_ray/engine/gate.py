@@ -249,6 +249,10 @@ class GatedModule:
             return lambda *args, **kwargs: self._gate.compute(self._lane, self._name, name, args, kwargs)
         return value
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """None. A pipeline looks through them for diffusers' own offload, each time that it asks for the device."""
+        return iter(())
+
     @property
     def device(self) -> torch.device:
         """Where it computes: that is where its arguments belong, wherever its weights are."""

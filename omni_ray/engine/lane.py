@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ class Lane:
         self._resumption = Resumption(job.resume, device) if job.resume else None
         self._answers = Answers(gate, repeats=job.resume is not None) if job.resume or job.num_previews else None
         self._num_previews = 0
+        self._preview_encoder = ThreadPoolExecutor(1, thread_name_prefix="preview") if job.num_previews else None
         self._settle = settle
         self._encode = encode or encode_outputs
         self._emit = emit or _tell_nobody
@@ -207,12 +209,24 @@ class Lane:
                 own.__dict__[name] = part.new()
         try:
             output = tail.run(own, self._call, latents, skips_loop=not self.job.images)
-            for media in () if self._follows else encode_preview(output, self.job):
-                self._emit(Preview(job_id=self.id, index=self._num_previews, step=self.step, media=media))
+        except Exception as error:
+            self._warn_of_preview(self.step, error)
+            return
+        if self._preview_encoder is not None and not self._follows:
+            self._preview_encoder.submit(self._tell_preview, output, self.step)
+
+    def _tell_preview(self, output: Any, step: int) -> None:
+        """Encode a preview and emit it, while the lane goes on."""
+        try:
+            for media in encode_preview(output, self.job):
+                self._emit(Preview(job_id=self.id, index=self._num_previews, step=step, media=media))
             self._num_previews += 1
         except Exception as error:
-            logger.warning("no preview of %s", self.id, exc_info=error)
-            self.warnings.append(f"no preview after step {self.step}: {type(error).__name__}: {error}")
+            self._warn_of_preview(step, error)
+
+    def _warn_of_preview(self, step: int, error: Exception) -> None:
+        logger.warning("no preview of %s", self.id, exc_info=error)
+        self.warnings.append(f"no preview after step {step}: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         started = time.perf_counter()
@@ -220,6 +234,8 @@ class Lane:
             with _one_openmp_thread():
                 output = self._call(self._pipe)
             self._gate.leave(self)  # encoding needs no device: do not let the others wait for it
+            if self._preview_encoder is not None:
+                self._preview_encoder.shutdown()
             for media in () if self._follows else self._encode(output, self.job):
                 self._emit(media)
             self._emit(self._usage(started))
@@ -229,6 +245,8 @@ class Lane:
             self._emit(Failure(job_id=self.id, error=self._explain(error)))
         finally:
             self._gate.leave(self)
+            if self._preview_encoder is not None:
+                self._preview_encoder.shutdown(wait=False, cancel_futures=True)
             # These hold the lane, which holds them: such a cycle would keep its tensors for a while.
             del self._pipe.scheduler.step, self._pipe.scheduler.set_timesteps, self._pipe
             self._answers = None

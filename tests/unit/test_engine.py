@@ -279,6 +279,19 @@ def test_a_panic_is_answered(engine: Any, tiny: Any, monkeypatch: pytest.MonkeyP
     assert "Panic" in failure.error.message
 
 
+def test_a_lane_knows_its_device_without_a_look_at_every_module(
+    engine: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine("flux")
+    looks: list[str] = []
+    for name, part in tiny("flux").components.items():
+        if isinstance(part, torch.nn.Module):
+            monkeypatch.setattr(part, "modules", lambda name=name: iter(looks.append(name) or ()), raising=False)
+    running.submit(job("flux", 0, "a", 2))
+    assert isinstance(running.result("flux-0")[-1], Usage)
+    assert looks == []
+
+
 def test_an_ended_lane_is_freed_at_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lanes: list[weakref.ref[Any]] = []
     start = lane.Lane.start
