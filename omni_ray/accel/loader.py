@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from omni_ray.accel import weights
+from omni_ray.accel.gguf import load_gguf
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.offload import home
 from omni_ray.accel.parallel.mesh import Ranks
@@ -63,16 +64,21 @@ def load_pipeline(
         for name, entry in index.items()
         if _is_model(folder / name) and entry[0] in ("diffusers", "transformers")
     }
+    files = group.quantization.files
+    if unknown := sorted(files.keys() - components.keys()):
+        raise ConfigError(f"quantization.files: {folder} has no {', '.join(unknown)}, but {', '.join(components)}")
     in_parts = {name for name in components if group.parallel.tensor > 1 and name.startswith("transformer")}
-    sizes = {name: 0 if name in in_parts else _num_bytes(folder / name) for name in components}
+    sizes = {name: 0 if name in in_parts else _num_bytes(folder / name) for name in components.keys() - files.keys()}
     done, total, loaded, pickles = 0, sum(sizes.values()), {}, group.allow_pickle_weights
     for name, entry in components.items():
         progress(done, total, name)
         cls = _component_class(folder, name, entry)
-        if not group.allow_pickle_weights and group.load_format != "dummy":
+        if not group.allow_pickle_weights and group.load_format != "dummy" and name not in files:
             _refuse_pickles(folder / name)
         place = home(name, group.offload, device)
-        if group.load_format == "dummy":
+        if name in files:
+            module = load_gguf(cls, files[name], folder / name, dtype, place)
+        elif group.load_format == "dummy":
             module = _random(cls, folder / name, dtype, device).to(place)
         elif name in in_parts:
             module = _empty(cls, folder / name, dtype, place, pickles)
@@ -80,7 +86,7 @@ def load_pipeline(
             report = functools.partial(_report, progress, name, done, total)
             module = _load(cls, folder / name, dtype, place, report, pickles)
         loaded[name] = module.eval().requires_grad_(False)
-        done += sizes[name]
+        done += sizes.get(name, 0)
     # DiffusionPipeline itself ignores what is passed for a component that is optional in the pipeline's class.
     pipeline = getattr(diffusers, str(index["_class_name"]), DiffusionPipeline)
     options = {"trust_remote_code": group.trust_remote_code, "use_safetensors": _use_safetensors(pickles)}
@@ -126,7 +132,7 @@ def _load(
     pickles: bool = False,
 ) -> torch.nn.Module:
     """A component on the device."""
-    slowly = functools.partial(cls.from_pretrained, folder, dtype=dtype, use_safetensors=_use_safetensors(pickles))
+    slowly = functools.partial(_slowly, cls, folder, dtype=dtype, use_safetensors=_use_safetensors(pickles))
     if device.type == "cpu":  # from_pretrained maps the files: nothing is read before it is used
         return cast(torch.nn.Module, slowly())
     if issubclass(cls, PreTrainedModel):  # transformers copies from mapped files in several threads
@@ -138,6 +144,14 @@ def _load(
         return cast(torch.nn.Module, slowly().to(device))
 
 
+def _slowly(cls: Any, folder: Path, **options: Any) -> Any:
+    """Raises ConfigError where the weights are quantized by a library that is not installed."""
+    try:
+        return cls.from_pretrained(folder, **options)
+    except ImportError as error:
+        raise ConfigError(f"{folder} cannot be loaded: {error}") from error
+
+
 def _empty(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, pickles: bool = False) -> torch.nn.Module:
     """A component of which a part will be read."""
     if device.type != "cpu":
@@ -145,7 +159,7 @@ def _empty(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, pic
             return weights.empty_model(cls, folder, dtype)[0]
         except weights.Unsuitable as reason:
             logger.warning("%s is loaded slowly, by from_pretrained: %s", folder, reason)
-    return cast(torch.nn.Module, cls.from_pretrained(folder, dtype=dtype, use_safetensors=_use_safetensors(pickles)))
+    return cast(torch.nn.Module, _slowly(cls, folder, dtype=dtype, use_safetensors=_use_safetensors(pickles)))
 
 
 def _use_safetensors(pickles: bool) -> bool | None:

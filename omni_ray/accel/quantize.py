@@ -31,7 +31,7 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
 
     Raises ConfigError where the device or the dtype cannot do it, or the spec names an unknown component.
     """
-    if spec.kind == "none":
+    if spec.kind in ("none", "gguf"):
         return []
     convert, fits = _format(spec.kind, device)
     warnings = []

@@ -139,9 +139,7 @@ class Api:
     async def images(self, request: Request) -> Response:
         """DiT models and chains draw the prompt."""
         body = parse_object(await read_body(request, self._max_body_bytes))
-        route = await self._directory.open(model_name(body))
-        if route.type == "ar":
-            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        route = await self._directory.open_to_draw(model_name(body))
         asked = parse(ImagesRequest, body)
         inputs = Inputs(prompt=asked.prompt)
         return await self._images.answer(route, asked, inputs, Submission.of(request), "image_generation")
@@ -158,9 +156,7 @@ class Api:
         self, request: Request, kind: type[ImageEditRequest], file_fields: tuple[str, ...], event_type: str
     ) -> Response:
         uploaded = await read_fields(request, kind, file_fields, self._max_body_bytes)
-        route = await self._directory.open(model_name(uploaded.fields))
-        if route.type == "ar":
-            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        route = await self._directory.open_to_draw(model_name(uploaded.fields))
         files = await read_images(uploaded, file_fields, self._fetcher)
         asked = parse(kind, uploaded.fields, strict=uploaded.strict)
         inputs = Inputs(

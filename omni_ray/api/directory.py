@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from omni_ray.api.caller import check_model
 from omni_ray.api.meters import note_route
 from omni_ray.api.wording import shown
-from omni_ray.errors import Unavailable, UnknownModel
+from omni_ray.errors import RequestError, Unavailable, UnknownModel
 from omni_ray.messages import GroupStatus, Route
 
 logger = logging.getLogger("ray.serve")
@@ -70,6 +70,13 @@ class Directory:
         Unavailable if a group that the model needs has failed to start."""
         check_model(name, (await self.names()).get(name))
         return await self._open(name)
+
+    async def open_to_draw(self, name: str) -> Route:
+        """As :meth:`open`, of a model that makes images or videos; RequestError if it does not."""
+        route = await self.open(name)
+        if route.type == "ar":
+            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        return route
 
     async def _open(self, name: str) -> Route:
         route = await self.find(name)

@@ -25,13 +25,15 @@ FORMATS: dict[str, tuple[MediaFormat, ...]] = {"image": ("png", "jpeg", "webp"),
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a job is made from. ``needs_prompt``: an empty one is an error; ``needs_image``: so is none."""
+    """What a job is made from. ``needs_prompt``: an empty one is an error; ``needs_image``: so is none. ``image_field``
+    is what the request calls its images."""
 
     prompt: str
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
     needs_prompt: bool = True
     needs_image: bool = False
+    image_field: str = "image"
 
 
 def make_job(request: Generation, inputs: Inputs, route: Route, request_id: str) -> Job:
@@ -81,11 +83,11 @@ def _fields(inputs: Inputs, limits: dict[str, Any]) -> set[str]:
 def _image_problems(inputs: Inputs, limits: dict[str, Any]) -> Problems:
     takes = {"image", "mask"} & {*limits["fields"]} | {*limits["edits"]}
     if (inputs.needs_image or "image" in limits["needs"]) and not inputs.images:
-        yield "image", "is missing; send at least one"
+        yield inputs.image_field, "is missing; send at least one"
     if "mask" in limits["needs"] and not inputs.mask:
         yield "mask", "is missing: this model draws inside one"
     if inputs.images and "image" not in takes:
-        yield "image", "is not taken: this model draws from text alone"
+        yield inputs.image_field, "is not taken: this model draws from text alone"
     if inputs.mask and "mask" not in takes:
         yield "mask", "is not taken: this model has no pipeline that draws inside a mask"
 

@@ -78,13 +78,11 @@ class Videos:
 
     async def _submit(self, request: Request) -> StoredJob:
         uploaded = await read_fields(request, VideosRequest, (FIRST_FRAME,), self._max_body_bytes)
-        route = await self._directory.open(model_name(uploaded.fields))
-        if route.type == "ar":
-            raise RequestError(f"{route.name} writes text and draws nothing; use /v1/chat/completions", param="model")
+        route = await self._directory.open_to_draw(model_name(uploaded.fields))
         files = await read_images(uploaded, (FIRST_FRAME,), self._fetcher)
         asked = parse(VideosRequest, uploaded.fields, strict=uploaded.strict)
         submission = Submission.of(request)
-        inputs = Inputs(prompt=asked.prompt, images=tuple(files.get(FIRST_FRAME, ())))
+        inputs = Inputs(prompt=asked.prompt, images=tuple(files.get(FIRST_FRAME, ())), image_field=FIRST_FRAME)
         drawing, job, rewritten = await self._drawer.prepare(route, asked, inputs, submission.request_id)
         if drawing.limits["output"] != "video":
             raise RequestError(f"{route.name} makes images; use /v1/images/generations", param="model")

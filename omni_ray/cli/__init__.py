@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, flags = parser.parse_known_args(argv)
     arguments.flags = flags
     arguments.flags_first = bool(flags) and _comes_before(sys.argv[1:] if argv is None else argv, flags[0], arguments)
-    if flags and arguments.verb != "serve":
+    if flags and arguments.verb != "serve" and not getattr(arguments, "local", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         sys.exit(_run(arguments))

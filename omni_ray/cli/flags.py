@@ -37,6 +37,11 @@ def _list(text: str) -> list[str]:
     return [each.strip() for each in text.removeprefix("[").removesuffix("]").split(",")]
 
 
+def _pairs_of(text: str) -> dict[str, str]:
+    """``name=value,name=value``."""
+    return dict(each.partition("=")[::2] for each in _list(text))
+
+
 DIT = ("dit",)
 FLAGS = (
     Flag(("--served-model-name",), "name"),
@@ -72,6 +77,7 @@ FLAGS = (
     Flag(("--cache-backend",), "cache.kind", lambda kind: kind.replace("tea_cache", "teacache"), types=DIT),
     Flag(("--cache-config",), "cache.cache_dit", json.loads, types=DIT),
     Flag(("--attention-backend", "--diffusion-attention-backend"), "attention.backend", types=DIT),
+    Flag(("--quantization-files",), "quantization.files", _pairs_of, types=DIT),
     Flag(("--quantization-components",), "quantization.components", _list, types=DIT),
     Flag(("--quantization-skip",), "quantization.skip", _list, types=DIT),
     Flag(("--enforce-eager",), "compile.mode", constant="none", types=DIT),

@@ -92,7 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser, default_url: str) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", default=default_url, help="of the server (default: %(default)s)")
     where.add_argument(
-        "--local", metavar="SOURCE", help="a diffusion pipeline to run in this process, such as demo:image"
+        "--local",
+        metavar="SOURCE",
+        help="a diffusion pipeline to run in this process, such as demo:image; it takes the flags of a dit MODEL of "
+        "`omni-ray serve`, such as --enable-layerwise-cpu-offload",
     )
     parser.add_argument("--model", default="", help="of the server; may be left out where it has one")
     parser.add_argument("--api-key", default="", metavar="KEY", help="where the server asks for one")
@@ -118,7 +121,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.local:
         from omni_ray.cli.local import run
 
-        updates = run(arguments.local, asked)
+        updates = run(arguments.local, asked, arguments.flags)
     else:
         from omni_ray.cli.remote import Remote
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from omni_ray.cli.generate import Asked, Cost, Output, Step, Update
@@ -13,31 +13,44 @@ from omni_ray.errors import ConfigError, EngineFailed
 from omni_ray.messages import Event, Failure, Job, Media, StepEvent, Usage
 
 
-def run(source: str, asked: Asked) -> Generator[Update, None, None]:
+def run(source: str, asked: Asked, flags: Sequence[str] = ()) -> Generator[Update, None, None]:
     """What happens, last the outputs and the cost. Closing this cancels the job within one denoise step.
 
-    :raises ConfigError: ``source`` is no diffusion pipeline, or cannot be loaded.
+    ``flags`` are those of a model of `omni-ray serve`. Nothing is compiled unless they say so: one image is drawn
+    before the compiler has ended.
+
+    :raises ConfigError: ``source`` is no diffusion pipeline, or cannot be loaded, or not as the flags say.
     :raises RequestError: the pipeline does not take what is asked.
     """
     from omni_ray.accel.edits import edit_pipelines
-    from omni_ray.config.spec import DitGroup
     from omni_ray.engine.loop import EngineLoop
-    from omni_ray.tuning.run import device_and_dtype, in_a_thread, load
+    from omni_ray.tuning.run import device_and_dtype, in_a_thread, prepare
 
     if asked.model:
         raise ConfigError(f"--model {asked.model} is a model of a server; --local names the one to run")
     _check_is_pipeline(source)
     yield Step(doing=f"loading {source}")
-    group = DitGroup(type="dit", name="local", source=source)
-    pipe = in_a_thread(load, group)
+    group = _group(source, flags)
+    pipe, accelerators = in_a_thread(prepare, group)
     edits = edit_pipelines(pipe)
     job = _job(pipe, group, edits, asked)
-    loop = EngineLoop(pipe, group.batching, device=device_and_dtype()[0], edits=edits)
+    loop = EngineLoop(pipe, group.batching, accelerators=accelerators, device=device_and_dtype()[0], edits=edits)
     loop.start()
     try:
-        yield from _follow(loop, job)
+        yield from _follow(loop, job, accelerators.warnings)
     finally:
         loop.stop()
+
+
+def _group(source: str, flags: Sequence[str]) -> Any:
+    from omni_ray.cli.flags import file_of
+    from omni_ray.config.spec import Compile, DitGroup
+
+    (group,) = file_of(source, ["--served-model-name", "local", *flags], "dit").omni_applications[0].args.groups
+    assert isinstance(group, DitGroup)
+    if group.parallel.num_ranks > 1:
+        raise ConfigError("--local runs one rank; leave the parallel axes out, or use `omni-ray serve`")
+    return group if "compile" in group.model_fields_set else group.model_copy(update={"compile": Compile(mode="none")})
 
 
 def _check_is_pipeline(source: str) -> None:
@@ -81,7 +94,7 @@ def _job(pipe: Any, group: Any, edits: Any, asked: Asked) -> Job:
     return dataclasses.replace(job, params=capabilities.defaults | job.params)
 
 
-def _follow(loop: Any, job: Job) -> Generator[Update, None, None]:
+def _follow(loop: Any, job: Job, warnings: Sequence[str]) -> Generator[Update, None, None]:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     began = time.perf_counter()
     loop.submit(job, events.put)
@@ -96,7 +109,7 @@ def _follow(loop: Any, job: Job) -> Generator[Update, None, None]:
             case Failure() as failure:
                 raise failure.error
             case Usage() as usage:
-                yield Cost(dataclasses.asdict(usage))
+                yield Cost(dataclasses.asdict(usage) | {"warnings": [*warnings, *usage.warnings]})
                 return
 
 

@@ -188,6 +188,7 @@ class ChartValues(Block):
     autoscaler: Autoscaler = Autoscaler()
     cache: CacheVolume = CacheVolume()
     env: dict[str, str] = Field({}, description="Further environment variables of every pod.")
+    envFromSecrets: list[Text] = Field([], description="Secrets whose keys are environment variables of every pod.")
     huggingFaceToken: Secret = Secret(key="token")
     apiKeys: Secret = Field(Secret(key="keys"), description="The file of API keys; see api.keys_file of the spec.")
     auth: Auth = Auth()

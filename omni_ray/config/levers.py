@@ -100,12 +100,15 @@ class DitOffload(Block):
 
 
 class DitQuantization(Block):
-    """Weights and activations in fewer bits, converted on load."""
+    """Weights and activations in fewer bits, converted on load or before."""
 
-    kind: Literal["none", "int8", "int4", "fp8"] = Field(
+    kind: Literal["none", "int8", "int4", "fp8", "gguf"] = Field(
         "none",
         description="`int8`, `int4`: of the weights alone, which saves memory; `fp8`: of weights and activations, "
-        "which saves time too, on GPUs from Ada and Hopper on.",
+        "which saves time too, on GPUs from Ada and Hopper on; `gguf`: the weights are quantized in `files`.",
+    )
+    files: dict[str, str] = Field(
+        default_factory=dict, description="`gguf`: components, by name, and the file on each node with their weights."
     )
     components: tuple[str, ...] | None = Field(
         None, description="Components of the pipeline to quantize, by name; null: its transformers."
@@ -118,6 +121,11 @@ class DitQuantization(Block):
     def _of_a_kind(self) -> Self:
         if others := self.model_fields_set - {"kind"} if self.kind == "none" else set():
             raise ValueError("\n".join(f"{key}: says nothing with kind 'none'; set a kind" for key in sorted(others)))
+        if self.kind == "gguf" and not self.files:
+            raise ValueError("files: name a GGUF file for each component, such as `{transformer: /models/q4_0.gguf}`")
+        meaningless = {"components", "skip"} if self.kind == "gguf" else {"files"}
+        if wrong := sorted(meaningless & self.model_fields_set):
+            raise ValueError("\n".join(f"{key}: says nothing with kind {self.kind!r}; remove it" for key in wrong))
         return self
 
 

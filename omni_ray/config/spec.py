@@ -230,6 +230,15 @@ class DitGroup(Group):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gguf_weights_stay_as_they_are(self) -> Self:
+        if self.quantization.kind == "gguf":
+            others = {"offload.kind": self.offload.kind != "none", "parallel.tensor": self.parallel.tensor > 1}
+            others["load_format"] = self.load_format == "dummy"
+            if key := next((key for key, is_set in others.items() if is_set), ""):
+                raise ValueError(f"quantization.kind: 'gguf' cannot go with {key}; remove one of them")
+        return self
+
     @property
     def against_cuda_graphs(self) -> str:
         """The key whose value lets a transformer do another thing at every step, which no recording can; or empty."""
@@ -325,8 +334,8 @@ class JobStore(Block):
     )
     database: str | None = Field(
         None,
-        description="SQLAlchemy's address of the database, such as `postgresql+psycopg://user@host/name`, whose "
-        "driver has to be installed beside; left out, an SQLite file in the folder.",
+        description="SQLAlchemy's address of the database, such as `postgresql+psycopg://user@host/name` (whose "
+        "password may be in PGPASSWORD); left out, an SQLite file in the folder.",
     )
     expire_after_s: float = Field(86_400.0, gt=0, description="Jobs that ended are removed after this time.")
     max_gib: float = Field(10.0, gt=0, description="Media beyond this size are removed, the oldest first.")

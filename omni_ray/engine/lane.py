@@ -23,6 +23,7 @@ from diffusers.guiders import BaseGuidance
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from omni_ray.accel.cache.teacache import warnings_of
 from omni_ray.engine.gate import Call, Exclusive, Gate, GatedModule, LaneCancelled
 from omni_ray.engine.media import decode_image, decode_mask, encode_outputs, encode_preview
 from omni_ray.engine.preview import SCALES, Tail, clean_estimate, preview_steps
@@ -279,7 +280,7 @@ class Lane:
             peak_memory_gib=self.peak_memory_bytes / 2**30,
             queue_s=started - self.created,
             run_s=time.perf_counter() - started,
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *warnings_of(self.kept.values())),
         )
 
     def _explain(self, error: BaseException) -> OmniRayError:

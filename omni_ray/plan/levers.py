@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from omni_ray.config.spec import DitGroup, DitOffload
+from omni_ray.errors import ConfigError
 from omni_ray.plan.language import Language
 from omni_ray.plan.linear import Transformer
 from omni_ray.plan.parts import Part
@@ -54,10 +56,19 @@ def num_bytes(group: DitGroup, part: Part, width: int) -> float:
     """Bytes of a component's weights on one rank, quantized as the group says."""
     size = part.num_bytes(width, group.parallel.tensor)
     spec = group.quantization
+    if spec.kind == "gguf":
+        return _file_bytes(spec.files[part.name]) if part.name in spec.files else size
     chosen = part.role == "transformer" if spec.components is None else part.name in spec.components
     if spec.kind == "none" or not chosen or spec.skip:  # how much `skip` leaves is not known
         return size
     return size * (1 - block_share(part) * (1 - QUANTIZED_BYTES[spec.kind] / width))
+
+
+def _file_bytes(file: str) -> float:
+    try:
+        return Path(file).expanduser().stat().st_size
+    except OSError as error:
+        raise ConfigError(f"quantization.files: the size of {file} is not known: {error.strerror}") from error
 
 
 def block_share(part: Part) -> float:

@@ -69,9 +69,10 @@ def group_refusals(index: int, group: ArGroup | DitGroup, checkpoint: Checkpoint
 def _levers(group: DitGroup, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Caches that do not know the transformers, and components that are not there: key and message."""
     names = {part.name for part in checkpoint.components}
-    if unknown := sorted(set(group.quantization.components or ()) - names):
-        has = ", ".join(sorted(names))
-        yield "quantization.components", f"{checkpoint.pipeline} has no {', '.join(unknown)}; choose from {has}"
+    for key, chosen in (("components", group.quantization.components or ()), ("files", group.quantization.files)):
+        if unknown := sorted(set(chosen) - names):
+            has = ", ".join(sorted(names))
+            yield f"quantization.{key}", f"{checkpoint.pipeline} has no {', '.join(unknown)}; choose from {has}"
     for cls in dict.fromkeys(part.cls for part in checkpoint.components if "Transformer" in part.cls):
         family = catalog.FAMILIES.get(cls)
         if group.cache.kind in ("teacache", "both") and not (family and family.stacks):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from omni_ray.accel.loader import load_pipeline, resolve
+from omni_ray.accel.apply import Accelerators, accelerate
+from omni_ray.accel.loader import Progress, load_pipeline, read_parts, resolve
 from omni_ray.config.spec import Batching, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.errors import EngineFailed
@@ -33,12 +37,22 @@ def in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
 
 def load(group: DitGroup) -> Any:
     """The pipeline of ``group`` on this machine's device, without accelerators."""
-    device, dtype = device_and_dtype()
-    pipe = load_pipeline(
-        resolve(resolve_source(group.source), group.allow_pickle_weights), dtype, device, group, lambda *_: None
-    )
+    pipe = load_pipeline(*_loading(group))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def prepare(group: DitGroup, mesh: DeviceMesh | None = None) -> tuple[Any, Accelerators]:
+    """The pipeline of ``group`` with its accelerators, on a rank of ``mesh`` if there is one."""
+    pipe, (device, _) = load(group), device_and_dtype()
+    return pipe, accelerate(pipe, group, device, mesh, functools.partial(read_parts, pipe, *_loading(group)))
+
+
+def _loading(group: DitGroup) -> tuple[Path, torch.dtype, torch.device, DitGroup, Progress]:
+    """What :func:`load_pipeline` and :func:`read_parts` have to know."""
+    device, dtype = device_and_dtype()
+    folder = resolve(resolve_source(group.source), group.allow_pickle_weights)
+    return folder, dtype, device, group, lambda *_: None
 
 
 def run(

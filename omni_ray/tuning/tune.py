@@ -1,7 +1,8 @@
 """Walks the levers one after the other on one model, and puts together the fastest profile that keeps a likeness.
 
-The order is the one that people follow by hand: baseline, compilation, caches, quantization, offload, what is good of
-them together, and the baseline again, which says how far the machine itself has moved meanwhile.
+The order is the one that people follow by hand: baseline, compilation, parallel axes, caches, quantization, offload,
+what is good of them together, and the baseline again, which says how far the machine itself has moved meanwhile. What
+each takes of the device's memory is told with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from omni_ray.errors import ConfigError, EngineFailed, OmniRayError
 from omni_ray.messages import Job
 from omni_ray.tuning.calibrate import calibrate
 from omni_ray.tuning.likeness import mean_psnr, ssim
-from omni_ray.tuning.measure import Levers, Measured, measure
+from omni_ray.tuning.measure import Levers, measure
+from omni_ray.tuning.measured import Measured
 
 Tell = Callable[[str], None]
 
@@ -69,6 +71,9 @@ def tune(group: DitGroup, jobs: Sequence[Job], floor_psnr: float, folder: Path, 
     walk.add("baseline", "none", {})
     for name, levers in _kernels():
         walk.add("compilation", name, levers)
+    for axes in _axes(torch.cuda.device_count()):
+        name = " x ".join(f"{axis} {degree}" for axis, degree in axes.items())
+        walk.add("parallelism", name, {"parallel": axes})
     for name, levers in _caches(group, jobs, floor_psnr, folder, tell):
         walk.add("caches", name, levers)
     for kind in ("int8", "int4", "fp8") if torch.cuda.is_available() else ("int8",):
@@ -100,6 +105,7 @@ class _Walk:
             self._tell(
                 f"{stage:>13}  {name:<34} {measured.seconds / len(self._jobs):7.2f} s an image, x{row.speed_up:.2f}, "
                 f"{row.psnr:5.1f} dB, {measured.skipped:4.0%} of the steps skipped"
+                + (f", {measured.peak_memory_gib:.1f} GiB" if measured.peak_memory_gib else "")
             )
         self._tuning.rows.append(row)
         return row
@@ -115,7 +121,9 @@ class _Walk:
 
     def combine(self) -> None:
         """The best of each stage together; while that is too unlike, without the stage that costs the most likeness."""
-        chosen = [row for stage in ("compilation", "caches", "quantization") if (row := self._best_of(stage))]
+        chosen = [
+            row for stage in ("compilation", "parallelism", "caches", "quantization") if (row := self._best_of(stage))
+        ]
         while len(chosen) > 1:
             levers: Levers = {}
             for row in chosen:
@@ -139,6 +147,17 @@ def _kernels() -> Iterator[tuple[str, Levers]]:
     if torch.cuda.is_available():
         yield "attention auto", {"attention": {"backend": "auto"}}
         yield "regional compilation", {"compile": {"mode": "regional"}, "attention": {"backend": "auto"}}
+
+
+def _axes(num_gpus: int) -> Iterator[dict[str, int]]:
+    """Ways to spread a replica over the largest power of two of GPUs; what a model cannot do is refused by itself."""
+    most = 1 << (num_gpus.bit_length() - 1) if num_gpus > 1 else 1
+    if most > 1:
+        yield {"ulysses": most}
+        yield {"tensor": most}
+        yield {"cfg": 2, "ulysses": most // 2} if most > 2 else {"cfg": 2}
+    if most > 2:
+        yield {"tensor": 2, "ulysses": most // 2}
 
 
 def _caches(

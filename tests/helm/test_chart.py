@@ -237,6 +237,7 @@ def test_high_availability(rendered: dict[str, Manifests]) -> None:
         for selector in (monitor["selector"], policy["podSelector"]):
             assert selector["matchLabels"].items() <= labels
         ports = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
+        assert container(pod)["envFrom"] == [{"secretRef": {"name": "jobs-database"}}]
         assert monitor["podMetricsEndpoints"][0]["port"] in ports
     open_to = {str(rule.get("from")): [port["port"] for port in rule.get("ports", [])] for rule in policy["ingress"]}
     assert [8000] in open_to.values()
@@ -246,6 +247,7 @@ def test_high_availability(rendered: dict[str, Manifests]) -> None:
 def test_defaults_ask_for_nothing_special(rendered: dict[str, Manifests]) -> None:
     """A laptop's kind cluster has no GPU, no Prometheus operator and no Redis."""
     assert {manifest["kind"] for manifest in rendered["demo"]} == {"RayService", "PersistentVolumeClaim"}
+    assert not any("envFrom" in container(pod) for pod in pods(rendered["demo"]))
     requested = [container(pod)["resources"]["requests"] for pod in pods(rendered["demo"])]
     assert sum(int(each["memory"].removesuffix("Gi")) for each in requested) <= 12
     assert sum(each["cpu"] for each in requested) <= 4

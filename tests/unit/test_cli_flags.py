@@ -77,6 +77,8 @@ def test_every_flag_means_a_key_of_the_spec() -> None:
     needs |= {key: ["--enable-teacache"] for key in ("cache.coefficients", "cache.max_consecutive_skips")}
     needs |= {"cache.quality.psnr": ["--enable-teacache", "--teacache-calibration", "x"]}
     needs |= {key: ["--quantization", "int8"] for key in ("quantization.components", "quantization.skip")}
+    own |= {"quantization.files": "transformer=x"}
+    needs |= {"quantization.files": ["--quantization", "gguf"]}
     for flag in FLAGS:
         for type_ in flag.types:
             value = own.get(flag.path, values.get(getattr(flag.convert, "__name__", ""), "x"))

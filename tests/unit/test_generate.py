@@ -286,6 +286,26 @@ def test_a_pipeline_in_this_process(
     assert bad == "size: 30 is no multiple of 16; 32 is"
 
 
+def test_levers_in_this_process(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--size",
+        "32x32",
+        "--steps",
+        "8",
+        "--output",
+        str(tmp_path / "a.png"),
+        "--local",
+        str(tiny_folder("flux")),
+    ]
+    levers = ["--enable-teacache", "--teacache-threshold", "1e9", "--quantization", "int8"]
+    assert run("a cat", *options, *levers, "--enable-layerwise-cpu-offload") == 0
+    assert "3 steps computed, 5 skipped" in capsys.readouterr().err
+    assert "--enable-teecache is no flag of a dit model" in run("a cat", *options, "--enable-teecache")
+    assert "--local runs one rank; leave the parallel axes out" in run("a cat", *options, "--usp", "2")
+
+
 def test_a_video_in_this_process(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     options = ["--size", "32x32", "--steps", "2", "--seconds", "0.5", "--fps", "8", "--output", str(tmp_path / "a.mp4")]
     assert run("a cat", "--local", str(tiny_folder("wan")), *options) == 0

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import Accelerators
 from omni_ray.accel.cache.apply import apply_cache
-from omni_ray.accel.cache.teacache import Kept, TeaCache
+from omni_ray.accel.cache.teacache import Kept, TeaCache, warnings_of
 from omni_ray.accel.modules import transformers_of
 from omni_ray.config.calibration import Curve
 from omni_ray.config.catalog import FAMILIES as CATALOG
@@ -70,6 +70,9 @@ def test_first_and_last_step_are_computed_and_skips_are_limited(tiny: Any, monke
     computed = [event.computed for event in events["j"] if isinstance(event, StepEvent)]
     assert computed == [True, *[False] * 4, True, *[False] * 4, True, True]
     assert (usage(events["j"]).steps_computed, usage(events["j"]).steps_skipped) == (4, 8)
+    assert [each.split(", only")[0] for each in usage(events["j"]).warnings] == [
+        "cache teacache: the threshold was never reached"
+    ]
 
 
 def test_each_window_of_a_video_begins_and_ends_with_a_computed_step(
@@ -119,6 +122,7 @@ def test_estimates_add_up_to_the_threshold() -> None:
     kept = Kept(residuals=[(None,)])
     decisions = [cache._decide(Curve(coefficients=IDENTITY), kept, 0.1, end=False) for _ in range(6)]
     assert decisions == [True, True, False, True, True, False]
+    assert warnings_of([kept, Kept(ended_by={"limit"})]) == []
     assert cache._decide(Curve(coefficients=IDENTITY), kept, 0.0, end=True) is False
     assert cache._decide(Curve(coefficients=IDENTITY), kept, None, end=False) is False
 

@@ -21,7 +21,9 @@ from omni_ray.errors import ConfigError
 from omni_ray.messages import Job
 from omni_ray.tuning import tune as tuning
 from omni_ray.tuning.calibrate import Trace, fit, predict
+from omni_ray.tuning.likeness import psnr
 from omni_ray.tuning.measure import measure
+from omni_ray.tuning.tune import _axes
 
 GROUP = DitGroup(type="dit", name="m", source="demo:image")
 
@@ -82,6 +84,25 @@ def test_a_tuning_ends_with_a_profile(
     assert "none, again" in page
     (group,) = load_file(folder / "profile.yaml").omni_applications[0].args.groups
     assert group.source == "demo:image"
+
+
+@pytest.mark.slow
+def test_ranks_are_measured_as_one_is() -> None:
+    jobs = [
+        Job(id=str(i), model="m", group="m", params={**DEFAULTS, "prompt": prompt, "num_inference_steps": 2}, seed=i)
+        for i, prompt in enumerate(captions(0, 2))
+    ]
+    alone, gang = measure(GROUP, {}, jobs), measure(GROUP, {"parallel": {"ulysses": 2}}, jobs)
+    assert psnr(alone.images, gang.images) > 60
+    assert gang.seconds > 0
+    with pytest.raises(ConfigError, match=r"quantization.kind 'fp8' needs a GPU"):
+        measure(GROUP, {"parallel": {"ulysses": 2}, "quantization": {"kind": "fp8"}}, jobs)
+
+
+def test_a_model_is_spread_over_as_many_gpus_as_a_power_of_two() -> None:
+    assert [list(_axes(num)) for num in (0, 1)] == [[], []]
+    assert list(_axes(3)) == [{"ulysses": 2}, {"tensor": 2}, {"cfg": 2}]
+    assert {"cfg": 2, "ulysses": 4} in list(_axes(8))
 
 
 def test_the_curve_nowhere_falls() -> None:

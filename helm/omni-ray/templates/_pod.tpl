@@ -134,6 +134,12 @@ spec:
       env:
         {{- include "omni-ray.env" $root | nindent 8 }}
         {{- if not $isHead }}{{ include "omni-ray.workerEnv" $root | nindent 8 }}{{ end }}
+      {{- with $root.Values.envFromSecrets }}
+      envFrom:
+        {{- range . }}
+        - secretRef: {name: {{ . }}}
+        {{- end }}
+      {{- end }}
       {{- include (ternary "omni-ray.headContainer" "omni-ray.workerContainer" $isHead) $root | nindent 6 }}
       resources:
         requests:

@@ -8,7 +8,7 @@ means more reuse, more speed and less likeness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Kept:
     accumulated: float = 0.0
     num_skipped: int = 0
     """Steps in a row."""
+    ended_by: set[str] = field(default_factory=set)
+    """What has had a step computed after skipped ones: the ``threshold``, the ``limit`` on skips in a row."""
 
 
 class TeaCache:
@@ -98,11 +100,13 @@ class TeaCache:
         return [by_index.get(i) for i in range(len(now))]
 
     def _decide(self, curve: Curve, kept: Kept, distance: float | None, end: bool) -> bool:
-        if end or distance is None or not kept.residuals or kept.num_skipped >= self._max_consecutive_skips:
+        if end or distance is None or not kept.residuals:
             return _computed(kept)
+        if kept.num_skipped >= self._max_consecutive_skips:
+            return _computed(kept, "limit")
         kept.accumulated += curve(distance)
         if kept.accumulated >= self._threshold:
-            return _computed(kept)
+            return _computed(kept, "threshold")
         kept.num_skipped += 1
         return True
 
@@ -159,9 +163,18 @@ def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], f
     return calibration.curves, threshold, skips
 
 
-def _computed(kept: Kept) -> bool:
+def _computed(kept: Kept, why: str = "") -> bool:
+    kept.ended_by.update([why] if why else [])
     kept.accumulated, kept.num_skipped = 0.0, 0
     return False
+
+
+def warnings_of(kept: Iterable[Any]) -> list[str]:
+    """What a request should be told of what it kept: a threshold that is never reached decides nothing."""
+    ended_by = {reason for each in kept if isinstance(each, Kept) for reason in each.ended_by}
+    if ended_by != {"limit"}:
+        return []
+    return ["cache teacache: the threshold was never reached, only max_consecutive_skips was; lower it, or skip more"]
 
 
 def _sums(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
