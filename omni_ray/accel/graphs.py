@@ -92,6 +92,8 @@ class CudaGraphs(ModelHook):  # type: ignore[misc]
         key = (structure, torch.is_autocast_enabled("cuda"), *map(_shape, leaves))
         is_recorded = key in self._recorded or (self._pays(key) and self._record(key, call, leaves, structure))
         if not is_recorded:
+            if self._fails:
+                return call(*args, **kwargs)
             with self._launches.forward(key):
                 return call(*args, **kwargs)
         self._recorded.move_to_end(key)

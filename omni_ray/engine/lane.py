@@ -88,7 +88,8 @@ class Lane:
         self._resumption = Resumption(job.resume, device) if job.resume else None
         self._answers = Answers(gate, repeats=job.resume is not None) if job.resume or job.num_previews else None
         self._num_previews = 0
-        self._preview_encoder = ThreadPoolExecutor(1, thread_name_prefix="preview") if job.num_previews else None
+        shows = job.num_previews and emit is not None
+        self._preview_encoder = ThreadPoolExecutor(1, thread_name_prefix="preview") if shows else None
         self._settle = settle
         self._encode = encode or encode_outputs
         self._emit = emit or _tell_nobody
@@ -213,7 +214,7 @@ class Lane:
         except Exception as error:
             self._warn_of_preview(self.step, error)
             return
-        if self._preview_encoder is not None and not self._follows:
+        if self._preview_encoder is not None:
             self._preview_encoder.submit(self._tell_preview, output, self.step)
 
     def _tell_preview(self, output: Any, step: int) -> None:

@@ -22,6 +22,8 @@ from omni_ray.errors import EngineFailed
 from omni_ray.messages import Failure, Job, Usage
 from omni_ray.sources import resolve_source
 
+Loading = tuple[Path, torch.dtype, torch.device, DitGroup, Progress]
+
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
@@ -37,18 +39,23 @@ def in_a_thread(work: Callable[..., Any], *args: Any) -> Any:
 
 def load(group: DitGroup) -> Any:
     """The pipeline of ``group`` on this machine's device, without accelerators."""
-    pipe = load_pipeline(*_loading(group))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return _load(_loading(group))
 
 
 def prepare(group: DitGroup, mesh: DeviceMesh | None = None) -> tuple[Any, Accelerators]:
     """The pipeline of ``group`` with its accelerators, on a rank of ``mesh`` if there is one."""
-    pipe, (device, _) = load(group), device_and_dtype()
-    return pipe, accelerate(pipe, group, device, mesh, functools.partial(read_parts, pipe, *_loading(group)))
+    loading = _loading(group)
+    pipe, device = _load(loading), loading[2]
+    return pipe, accelerate(pipe, group, device, mesh, functools.partial(read_parts, pipe, *loading))
 
 
-def _loading(group: DitGroup) -> tuple[Path, torch.dtype, torch.device, DitGroup, Progress]:
+def _load(loading: Loading) -> Any:
+    pipe = load_pipeline(*loading)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _loading(group: DitGroup) -> Loading:
     """What :func:`load_pipeline` and :func:`read_parts` have to know."""
     device, dtype = device_and_dtype()
     folder = resolve(resolve_source(group.source), group.allow_pickle_weights)

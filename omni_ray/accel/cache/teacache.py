@@ -164,7 +164,8 @@ def curves_of(spec: Cache, pipe: DiffusionPipeline) -> tuple[dict[str, Curve], f
 
 
 def _computed(kept: Kept, why: str = "") -> bool:
-    kept.ended_by.update([why] if why else [])
+    if why:
+        kept.ended_by.add(why)
     kept.accumulated, kept.num_skipped = 0.0, 0
     return False
 
