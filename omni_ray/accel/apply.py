@@ -21,6 +21,7 @@ from omni_ray.accel.offload import Offload, apply_offload
 from omni_ray.accel.parallel import apply_parallel, split_decode
 from omni_ray.accel.parallel.mesh import Ranks
 from omni_ray.accel.quantize import apply_quantization
+from omni_ray.accel.vae import apply_vae
 from omni_ray.config.spec import DitGroup
 
 
@@ -52,6 +53,7 @@ def accelerate(
 
     Raises ConfigError where the pipeline or the device cannot do what the group asks.
     """
+    apply_vae(pipe, group.vae)
     warnings = apply_attention(pipe, group.attention, device, pipe.dtype)
     shards = [Ranks.of(mesh, dim) for dim in ("ring", "ulysses") if getattr(group.parallel, dim) > 1] if mesh else []
     teacache, cache_dit = apply_cache(pipe, group.cache, shards)

@@ -84,6 +84,8 @@ FLAGS = (
     Flag(("--compile-mode",), "compile.mode", types=DIT),
     Flag(("--enable-cuda-graphs",), "compile.cuda_graphs", constant=True, types=DIT),
     Flag(("--disable-cuda-graphs",), "compile.cuda_graphs", constant=False, types=DIT),
+    Flag(("--vae-use-tiling",), "vae.tiling", constant=True, types=DIT),
+    Flag(("--vae-use-slicing",), "vae.slicing", constant=True, types=DIT),
     Flag(("--max-num-seqs",), "batching.max_num_seqs", int, types=DIT),
     Flag(("--max-num-batched-tokens",), "batching.max_num_batched_tokens", int, types=DIT),
     Flag(("--max-pixels",), "limits.max_pixels", int, types=DIT),

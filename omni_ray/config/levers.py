@@ -143,6 +143,17 @@ class Compile(Block):
     )
 
 
+class Vae(Block):
+    """How the autoencoder saves memory, at the price of time."""
+
+    tiling: bool = Field(
+        False,
+        description="Large pictures are decoded and encoded in overlapping tiles, whose seams are blended: nearly the "
+        "same picture.",
+    )
+    slicing: bool = Field(False, description="Several pictures of a request are decoded one by one.")
+
+
 class Attention(Block):
     """The attention kernel."""
 

@@ -22,6 +22,7 @@ from omni_ray.config.levers import CacheDitOptions as CacheDitOptions
 from omni_ray.config.levers import Compile as Compile
 from omni_ray.config.levers import DitOffload as DitOffload
 from omni_ray.config.levers import DitQuantization as DitQuantization
+from omni_ray.config.levers import Vae as Vae
 from omni_ray.config.nearest import hint
 from omni_ray.config.parallel import ArParallel as ArParallel
 from omni_ray.config.parallel import DitParallel as DitParallel
@@ -215,6 +216,7 @@ class DitGroup(Group):
     quantization: DitQuantization = Field(default_factory=DitQuantization, description="Number format of the weights.")
     compile: Compile = Field(default_factory=Compile, description="Compilation.")
     attention: Attention = Field(default_factory=Attention, description="Attention kernel.")
+    vae: Vae = Field(default_factory=Vae, description="The autoencoder.")
     batching: Batching = Field(default_factory=Batching, description="What the gate joins.")
     limits: Limits = Field(default_factory=Limits, description="What one request may ask for.")
     defaults: dict[str, Any] = Field(

@@ -40,6 +40,9 @@ class Autoencoder:
     has_rows: bool = False
     """Whether the ranks of a gang share a decode, each some rows of the picture."""
 
+    tile: int = 256
+    """Edge of the tiles in which it decodes larger pictures, where it is asked to."""
+
 
 def autoencoder(config: Config) -> Autoencoder:
     """The autoencoder of a config; one of an unknown class is taken to be as large as FLUX.1's."""
@@ -52,8 +55,11 @@ def autoencoder(config: Config) -> Autoencoder:
         known = _shuffled(config)
     else:
         known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
-    return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS)
+    return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS, tile=config.get("sample_size", TILES.get(cls, 256)))
 
+
+TILES = {"AutoencoderKL": 32, "AutoencoderKLFlux2": 1024}
+"""Edges of tiles where the config does not say."""
 
 SPLIT_BY_ROWS = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan")
 

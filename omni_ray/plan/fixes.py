@@ -211,12 +211,16 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
 
 
 def _dit_levers(index: int, group: DitGroup) -> Iterator[Change]:
-    """Fewer bits, or weights in host memory."""
+    """Fewer bits, weights in host memory, or less at once."""
     if group.offload.kind == "none":
         yield Change(index, (("offload.kind", "sequential"),), 3, "each request brings its weights over PCIe")
         yield Change(index, (("offload.kind", "layerwise"),), 8, "each step streams its weights over PCIe")
     if group.quantization.kind == "none":
         yield Change(index, (("quantization.kind", "int8"),), 4, "weights in 8 bits")
+    if group.records_on_gpus:
+        yield Change(index, (("compile.cuda_graphs", False),), 1.5, "the host launches every kernel")
+    if not group.vae.tiling:
+        yield Change(index, (("vae.tiling", True),), 2.2, "large pictures are decoded in tiles")
 
 
 def _dit_axes(plan: GroupPlan, whole: Plan) -> Iterator[Change]:

@@ -41,6 +41,9 @@ DECODE_TENSORS_OF_VIDEO = 27.0
 """Tensors of [pixels, peak channels] that an autoencoder holds at once while it decodes: one of images; one with
 convolutions over time, for an image; the same for a video, whose latents it decodes one by one, to four frames each."""
 
+TILED_CHANNELS = 5.0
+"""Numbers kept of each pixel of a picture that is decoded in tiles: three colours, in tiles that overlap."""
+
 QUANTIZED_BYTES = {"fp8": 1.0, "int8": 1.0, "bitsandbytes": 0.56, "awq": 0.56, "gptq": 0.56}
 """Bytes of a weight, scales included; embeddings and the head stay as they are."""
 
@@ -113,7 +116,7 @@ def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request,
     vaes = [part.model for part in parts if isinstance(part.model, Autoencoder)]
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
     forwards = [forward_bytes(group, model, request, width) for model in models]
-    decodes = [decode_bytes(vae, request, width) / decode_ranks(group, vae) for vae in vaes]
+    decodes = [decode_bytes(group, vae, request, width) / decode_ranks(group, vae) for vae in vaes]
     transformers = [part.component.cls for part in parts if isinstance(part.model, Transformer)]
     if on_gpu and group.records_on_gpus and all(map(can_be_recorded, transformers)):
         return sum(forwards) + max([0.0, *decodes])
@@ -139,11 +142,17 @@ def forward_bytes(group: DitGroup, model: Transformer, request: Request, width: 
     return per_rank * width * (HIDDEN_TENSORS * model.hidden + FFN_TENSORS * model.ffn / axes.tensor)
 
 
-def decode_bytes(vae: Autoencoder, request: Request, width: int) -> float:
+def decode_bytes(group: DitGroup, vae: Autoencoder, request: Request, width: int) -> float:
     tensors = DECODE_TENSORS
     if vae.temporal > 1:
         tensors = DECODE_TENSORS_OF_VIDEO if request.frames > 1 else DECODE_TENSORS_IN_TIME
-    return request.width * request.height * vae.peak_channels * width * tensors
+    pixels = request.width * request.height
+    if group.vae.slicing:  # of several images, which are planned as one of all their pixels, one at a time
+        pixels = min(pixels, group.limits.max_pixels)
+    if not group.vae.tiling or max(request.width, request.height) <= vae.tile:
+        return pixels * vae.peak_channels * width * tensors
+    tile = min(request.width, vae.tile) * min(request.height, vae.tile)
+    return (tile * vae.peak_channels * tensors + pixels * request.frames * TILED_CHANNELS) * width
 
 
 def _workspace(num_ranks: int, on_gpu: bool) -> float:

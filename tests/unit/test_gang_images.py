@@ -22,6 +22,7 @@ TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
 TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 TWO += [case("flux", ring=2), case("qwen_image", cfg=2)]
+TWO += [("flux", {"parallel": {"ulysses": 2}, "vae": {"tiling": True}})]
 MORE = [case(family, ring=2) for family in TENSOR[1:]] + [case(family, cfg=2) for family in (*TENSOR, "hunyuan_image")]
 MORE += [case("helios", **{axis: 2}) for axis in ("ulysses", "ring", "cfg")]
 CACHED: list[Case] = [

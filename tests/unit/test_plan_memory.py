@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from omni_ray.accel.parallel.decode import AUTOENCODERS
-from omni_ray.config.spec import DitGroup, DitParallel
+from omni_ray.config.spec import DitGroup, DitParallel, Vae
 from omni_ray.plan import autoencoders, memory
 from omni_ray.plan.autoencoders import autoencoder
 from omni_ray.plan.request import Request
@@ -185,7 +185,25 @@ IMAGE_VAE = {
 def test_decode(cls: Any, config: dict[str, Any], latent: tuple[int, ...], asked: Request) -> None:
     known = autoencoder({"_class_name": cls.__name__, **config})
     peak = measured(on_meta(cls, **config), lambda vae: vae.decode(new(*latent)))
-    assert memory.decode_bytes(known, asked, 2) == pytest.approx(peak, rel=0.1)
+    assert memory.decode_bytes(GROUP, known, asked, 2) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "latent", "asked"),
+    [
+        (AutoencoderKL, IMAGE_VAE | {"sample_size": 512}, (1, 16, 128, 128), request(4096, 0)),
+        (AutoencoderKLQwenImage, {}, (1, 16, 1, 128, 128), request(4096, 0)),
+        (AutoencoderKLWan, {}, (1, 16, 3, 60, 104), request(4680, 0, frames=9, width=832, height=480)),
+    ],
+)
+def test_decode_in_tiles(cls: Any, config: dict[str, Any], latent: tuple[int, ...], asked: Request) -> None:
+    known = autoencoder({"_class_name": cls.__name__, **config})
+    vae = on_meta(cls, **config)
+    vae.enable_tiling()
+    peak = measured(vae, lambda vae: vae.decode(new(*latent)))
+    tiled = GROUP.model_copy(update={"vae": Vae(tiling=True)})
+    assert memory.decode_bytes(tiled, known, asked, 2) == pytest.approx(peak, rel=0.1)
+    assert peak < memory.decode_bytes(GROUP, known, asked, 2) / 2
 
 
 def test_ranks_share_a_decode_where_the_engine_can_split_it() -> None:
