@@ -70,9 +70,8 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
 def report(outcomes: list[Outcome]) -> None:
     answered = [each for each in outcomes if each.answer is not None]
     print(f"{len(answered)} of {len(outcomes)} requests answered: {dict(Counter(o.kind.name for o in answered))}")
-    print(f"errors: {dict(Counter(error for each in outcomes for error in each.errors)) or 'none'}")
-    for name in ("refusals", "lost_connections", "broken_streams"):
-        print(f"{name}: {sum(getattr(each, name) for each in outcomes)}")
+    print(f"errors: {dict(Counter(error for each in outcomes for _, error in each.errors)) or 'none'}")
+    print(f"sent again: {dict(Counter(why for each in outcomes for _, why in each.retries)) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ GROUPS = {
 }
 """Which groups a fault strikes, or one of them."""
 
-NODE_FAULTS = ("worker killed", "worker frozen", "worker cut off", "head killed")
+NODE_FAULTS = ("worker killed", "worker frozen", "worker cut off", "head killed", "head frozen")
 CONTROLLER_FAULTS = ("controller killed", "controller frozen")
 """A controller that starts anew ends the replicas that are still loading, so that these have to begin again."""
 
@@ -63,8 +63,6 @@ class Fault:
 
     is_seen_through: bool = False
     """Whether ``noticed`` is final, and Ray Serve knows too."""
-
-    in_flight: int = 0
 
 
 def all_faults(models: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -76,16 +76,23 @@ class Outcome:
     started: float
     ended: float = 0.0
     answer: bytes | None = None
-    lost_connections: int = 0
-    broken_streams: int = 0
-    refusals: int = 0
-    """429 and 503."""
+    retries: list[tuple[float, str]] = field(default_factory=list)
+    """When it was sent again, and why: a lost connection, a broken stream, a 429 or 503."""
 
-    errors: list[str] = field(default_factory=list)
-    steps_again: int = 0
+    errors: list[tuple[float, str]] = field(default_factory=list)
+    steps_again: list[tuple[float, int]] = field(default_factory=list)
     """Steps that a job had told of and that were computed once more."""
 
-    job_id: str = ""
+    job_ids: list[str] = field(default_factory=list)
+    """The job, after those of it that failed."""
+
+    def retry(self, why: str) -> NoReturn:
+        self.retries.append((time.monotonic(), why))
+        raise _Again
+
+    def fail(self, error: str) -> NoReturn:
+        self.errors.append((time.monotonic(), error))
+        raise _Again
 
 
 class _Again(Exception):
@@ -102,7 +109,6 @@ class Traffic:
         self._pause_s = pause_s
         self._stop = threading.Event()
         self.outcomes: list[Outcome] = []
-        self.running: set[int] = set()
         self._threads: list[threading.Thread] = []
 
     def reference(self) -> dict[tuple[str, int], bytes]:
@@ -132,13 +138,10 @@ class Traffic:
         for number in itertools.count(client):
             if self._stop.is_set():
                 return
-            token = threading.get_ident()
-            self.running.add(token)
             outcome = self.send(kind, number % VARIANTS)
             self.outcomes.append(outcome)
             if outcome.errors or outcome.answer is None:
                 print(f"{kind.name}: {outcome.errors or 'no answer'}", flush=True)
-            self.running.discard(token)
             self._stop.wait(self._pause_s)
 
     def send(self, kind: Kind, variant: int) -> Outcome:
@@ -165,35 +168,42 @@ class Traffic:
         return str(answer["data"][0]["b64_json"]).encode()
 
     def _job(self, client: httpx.Client, outcome: Outcome, key: str) -> bytes:
-        if not outcome.job_id:
-            body, headers = outcome.kind.body(outcome.variant), {"idempotency-key": key}
-            outcome.job_id = self._ask(client, outcome, "POST", outcome.kind.path, json=body, headers=headers).json()[
-                "id"
-            ]
-        path, step = f"/v1/jobs/{outcome.job_id}", 0
+        failed = sum(error.startswith("job ") for _, error in outcome.errors)
+        if len(outcome.job_ids) == failed:
+            body, headers = outcome.kind.body(outcome.variant), {"idempotency-key": f"{key}-{failed}"}
+            made = self._ask(client, outcome, "POST", outcome.kind.path, json=body, headers=headers).json()
+            outcome.job_ids.append(made["id"])
+        path, step = f"/v1/jobs/{outcome.job_ids[-1]}", 0
         while (job := self._ask(client, outcome, "GET", path).json())["status"] in ("queued", "in_progress"):
-            outcome.steps_again += max(step - job["step"], 0)
+            if job["step"] < step:
+                outcome.steps_again.append((time.monotonic(), step - job["step"]))
             step = job["step"]
             time.sleep(POLL_S)
         if job["status"] != "completed":
-            outcome.errors.append(f"job {job['status']}: {job['error']}")
-            outcome.job_id = ""
-            raise _Again
+            outcome.fail(f"job {job['status']}: {job['error']}")
         return self._ask(client, outcome, "GET", f"{path}/content").content
 
     def _ask(self, client: httpx.Client, outcome: Outcome, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             reply = client.request(method, random.choice(self._addresses()) + path, **request)
         except httpx.TransportError:
-            outcome.lost_connections += 1
-            raise _Again from None
+            outcome.retry("connection lost")
         if reply.status_code in (429, 503):
-            outcome.refusals += 1
-            raise _Again
+            outcome.retry(f"refused with {reply.status_code}")
         if reply.status_code >= 300:
-            outcome.errors.append(f"{reply.status_code} {method} {path}: {reply.text[:300]}")
-            raise _Again
+            outcome.fail(f"{reply.status_code} {method} {path}: {reply.text[:300]}")
         return reply
+
+    def stored_jobs(self) -> list[str]:
+        """The ids of all jobs that the server has."""
+        found, after = list[str](), dict[str, str]()
+        while True:
+            query = {"limit": "100", **after}
+            page = httpx.get(f"{self._addresses()[0]}/v1/jobs", params=query, timeout=30, trust_env=False).json()
+            found += [job["id"] for job in page["data"]]
+            if not page["has_more"]:
+                return found
+            after = {"after": page["last_id"]}
 
 
 def _pieces(body: bytes, outcome: Outcome) -> Iterator[str]:
@@ -201,9 +211,7 @@ def _pieces(body: bytes, outcome: Outcome) -> Iterator[str]:
         if line.startswith("data: {"):
             event = json.loads(line.removeprefix("data: "))
             if "choices" not in event:
-                outcome.broken_streams += 1
-                raise _Again
+                outcome.retry("stream broken")
             yield from (choice["delta"].get("content") or "" for choice in event["choices"])
     if "data: [DONE]" not in body.decode():
-        outcome.broken_streams += 1
-        raise _Again
+        outcome.retry("stream broken")

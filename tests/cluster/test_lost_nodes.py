@@ -67,4 +67,4 @@ def test_no_job_is_lost(striker: Striker, right: dict[tuple[str, int], bytes], w
     for kind, variant, outcome in outcomes:
         assert outcome.answer is not None
         assert same(outcome.answer, right[kind.name, variant])
-    assert len({outcome.job_id for _, _, outcome in outcomes}) == NUM_JOBS
+    assert len({job_id for _, _, outcome in outcomes for job_id in outcome.job_ids}) == NUM_JOBS

@@ -50,5 +50,5 @@ def test_slices_make_the_same_picture(pipe: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_an_autoencoder_that_knows_of_no_tiles_is_refused(pipe: Any) -> None:
     pipe.register_modules(vae=torch.nn.Identity())
-    with pytest.raises(ConfigError, match="vae.tiling: Identity cannot do that"):
+    with pytest.raises(ConfigError, match=r"vae\.tiling: Identity cannot do that"):
         draw(pipe, tiling=True)
