@@ -26,6 +26,7 @@ from omni_ray.plan.request import default_request
 EAGER, COMPILED = {"compile": {"mode": "none"}}, {"compile": {"mode": "regional"}}
 STATIC = {"compile": {"mode": "regional", "dynamic": False}}
 FP8 = {"quantization": {"kind": "fp8"}}
+FUSED = {"attention": {"fused_qkv": True}}
 
 
 def graphs(levers: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "compiled, CUDA graphs": graphs(COMPILED),
     "compiled, fp8": COMPILED | FP8,
     "compiled, fp8, CUDA graphs": graphs(COMPILED | FP8),
+    "compiled, fused QKV, CUDA graphs": graphs(COMPILED | FUSED),
+    "compiled, fp8, fused QKV, CUDA graphs": graphs(COMPILED | FP8 | FUSED),
     "compiled, int8": COMPILED | {"quantization": {"kind": "int8"}},
 }
 

@@ -20,6 +20,7 @@ from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.offload import Offload, apply_offload
 from omni_ray.accel.parallel import apply_parallel, split_decode
 from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.accel.projections import fuse_projections
 from omni_ray.accel.quantize import apply_quantization
 from omni_ray.accel.vae import apply_vae
 from omni_ray.config.spec import DitGroup
@@ -62,6 +63,7 @@ def accelerate(
         if group.parallel.vae == "auto":
             split_decode(pipe)
         read_parts(Ranks.of(mesh, "tensor"))
+    fuse_projections(pipe, group.attention)
     warnings += apply_quantization(pipe, group.quantization, device)
     offload = apply_offload(pipe, group.offload, device)
     sums_over_gloo = (

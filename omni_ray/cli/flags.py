@@ -77,6 +77,7 @@ FLAGS = (
     Flag(("--cache-backend",), "cache.kind", lambda kind: kind.replace("tea_cache", "teacache"), types=DIT),
     Flag(("--cache-config",), "cache.cache_dit", json.loads, types=DIT),
     Flag(("--attention-backend", "--diffusion-attention-backend"), "attention.backend", types=DIT),
+    Flag(("--enable-fused-qkv",), "attention.fused_qkv", constant=True, types=DIT),
     Flag(("--quantization-files",), "quantization.files", _pairs_of, types=DIT),
     Flag(("--quantization-components",), "quantization.components", _list, types=DIT),
     Flag(("--quantization-skip",), "quantization.skip", _list, types=DIT),

@@ -155,10 +155,13 @@ class Vae(Block):
 
 
 class Attention(Block):
-    """The attention kernel."""
+    """The attention kernel, and the projections before it."""
 
     backend: str = Field(
         "auto",
         description="`native`, `cudnn`, `fa3`, `flash`, `sage`, `xformers`, `flex` or another backend of diffusers; "
         "`auto` takes the fastest that is installed, by a trial at start.",
+    )
+    fused_qkv: bool = Field(
+        False, description="One matrix product for queries, keys and values, in FLUX.1, FLUX.2, Wan2.2 and Helios."
     )

@@ -215,7 +215,7 @@ class DitGroup(Group):
     offload: DitOffload = Field(default_factory=DitOffload, description="Weights in host memory.")
     quantization: DitQuantization = Field(default_factory=DitQuantization, description="Number format of the weights.")
     compile: Compile = Field(default_factory=Compile, description="Compilation.")
-    attention: Attention = Field(default_factory=Attention, description="Attention kernel.")
+    attention: Attention = Field(default_factory=Attention, description="Attention.")
     vae: Vae = Field(default_factory=Vae, description="The autoencoder.")
     batching: Batching = Field(default_factory=Batching, description="What the gate joins.")
     limits: Limits = Field(default_factory=Limits, description="What one request may ask for.")
@@ -236,9 +236,15 @@ class DitGroup(Group):
     def _gguf_weights_stay_as_they_are(self) -> Self:
         if self.quantization.kind == "gguf":
             others = {"offload.kind": self.offload.kind != "none", "parallel.tensor": self.parallel.tensor > 1}
-            others["load_format"] = self.load_format == "dummy"
+            others |= {"load_format": self.load_format == "dummy", "attention.fused_qkv": self.attention.fused_qkv}
             if key := next((key for key, is_set in others.items() if is_set), ""):
                 raise ValueError(f"quantization.kind: 'gguf' cannot go with {key}; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_cut_what_is_separate(self) -> Self:
+        if self.attention.fused_qkv and self.parallel.tensor > 1:
+            raise ValueError("attention.fused_qkv: cannot go with parallel.tensor; remove one of them")
         return self
 
     @property

@@ -55,7 +55,8 @@ def autoencoder(config: Config) -> Autoencoder:
         known = _shuffled(config)
     else:
         known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
-    return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS, tile=config.get("sample_size", TILES.get(cls, 256)))
+    tile = config.get("sample_size", TILES.get(cls, 256))
+    return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS, tile=tile)
 
 
 TILES = {"AutoencoderKL": 32, "AutoencoderKLFlux2": 1024}

@@ -146,7 +146,9 @@ def _kernels() -> Iterator[tuple[str, Levers]]:
     """On a CPU the compiler takes minutes, and there is one kernel."""
     if torch.cuda.is_available():
         yield "attention auto", {"attention": {"backend": "auto"}}
-        yield "regional compilation", {"compile": {"mode": "regional"}, "attention": {"backend": "auto"}}
+        compiled = {"compile": {"mode": "regional"}}
+        yield "regional compilation", compiled | {"attention": {"backend": "auto"}}
+        yield "regional compilation, fused QKV", compiled | {"attention": {"backend": "auto", "fused_qkv": True}}
 
 
 def _axes(num_gpus: int) -> Iterator[dict[str, int]]:

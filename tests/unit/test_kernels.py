@@ -14,10 +14,12 @@ import pytest
 import torch
 from diffusers import attention_backend
 
+from omni_ray.accel.apply import accelerate
 from omni_ray.accel.attention import apply_attention
 from omni_ray.accel.compile import apply_compile, is_compiled
 from omni_ray.accel.graphs import apply_cuda_graphs
 from omni_ray.accel.launches import Launches
+from omni_ray.accel.projections import fuse_projections
 from omni_ray.config.spec import Attention, Batching, Compile, DitGroup
 from omni_ray.engine.loop import EngineLoop
 from omni_ray.engine.warm_up import warm_up
@@ -60,6 +62,27 @@ def test_auto_leaves_the_models_own_on_a_cpu(tiny_folder: Any) -> None:
     pipe = load(tiny_folder("flux"))
     apply_attention(pipe, Attention(), CPU, torch.float32)
     assert pipe.transformer.transformer_blocks[0].attn.processor._attention_backend is None
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "wan", "helios"])
+def test_fused_projections_draw_the_same(
+    family: str, tiny: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(family)[:1]
+    wanted, _ = run_lanes(EngineLoop(tiny(family), Batching()), jobs, monkeypatch)
+    pipe, cache = load(tiny_folder(family)), {"kind": "teacache", "threshold": 1e-9, "coefficients": (1.0, 0.0)}
+    group = {"name": "x", "type": "dit", "source": "x", "attention": {"fused_qkv": True}, "cache": cache}
+    accelerators = accelerate(pipe, DitGroup.model_validate(group), CPU)
+    names = {name.rpartition(".")[2] for name, _ in pipe.transformer.named_modules()}
+    assert "to_qkv" in names
+    assert not names & {"to_k", "to_v", "add_k_proj"}
+    made, _ = run_lanes(EngineLoop(pipe, Batching(), accelerators=accelerators), jobs, monkeypatch)
+    assert np.abs(made[jobs[0].id] - wanted[jobs[0].id]).max() < 1e-4
+
+
+def test_projections_that_cannot_be_fused_are_refused(tiny_folder: Any) -> None:
+    with pytest.raises(ConfigError, match=r"QwenImageTransformer2DModel\) has no projections that can be fused"):
+        fuse_projections(load(tiny_folder("qwen_image")), Attention(fused_qkv=True))
 
 
 def test_blocks_are_compiled_on_gpus_unless_the_spec_says() -> None:
