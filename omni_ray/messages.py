@@ -191,7 +191,7 @@ class Capabilities:
     frame_multiple: int = 1
     max_pixels: int = 2048 * 2048
     max_pixels_at_once: int | None = None
-    """Of all images of a request together, where memory sets a limit."""
+    """Of all images and frames of a request together, where memory sets a limit."""
 
     max_steps: int = 200
     max_outputs: int = 10

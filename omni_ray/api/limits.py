@@ -130,11 +130,29 @@ def _size_problems(request: Generation, limits: dict[str, Any]) -> Problems:
             near = max(multiple, round(pixels / multiple) * multiple)
             yield _said_in(request, name), f"{pixels} is no multiple of {multiple}; {near} is"
     yield from _pixel_problems(request, limits, max_pixels, "that are taken")
-    width, height = _size(request, limits)
-    at_once, num = limits["max_pixels_at_once"], request.num_outputs
-    if at_once is not None and width * height <= max_pixels and num * width * height > at_once:
-        problem = f"{num} x {width} x {height} pixels are more than the {at_once} that fit into memory at once"
-        yield _count_field(request), f"{problem}; ask for {at_once // (width * height)} at most"
+    yield from _memory_problems(request, limits)
+
+
+def _memory_problems(request: Generation, limits: dict[str, Any]) -> Problems:
+    """Pictures or frames that are too many for their size."""
+    at_once, (width, height) = limits["max_pixels_at_once"], _size(request, limits)
+    if at_once is None or width * height > limits["max_pixels"]:
+        return
+    num, frames = request.num_outputs, _frames(request, limits)
+    if frames * width * height > at_once:
+        multiple = limits["frame_multiple"]
+        fit = (at_once // (width * height) - 1) // multiple * multiple + 1
+        problem = f"{frames} frames of {width} x {height} pixels are more than the {at_once} pixels"
+        yield "num_frames", f"{problem} that fit into memory at once; ask for {fit} at most"
+    elif num * frames * width * height > at_once:
+        problem = (
+            f"{num} x {width} x {height} pixels are more than the {at_once // frames} that fit into memory at once"
+        )
+        yield _count_field(request), f"{problem}; ask for {at_once // (frames * width * height)} at most"
+
+
+def _frames(request: Generation, limits: dict[str, Any]) -> int:
+    return int(request.num_frames or limits["defaults"].get("num_frames", 1))
 
 
 def _size(request: Generation, limits: dict[str, Any]) -> tuple[int, int]:
@@ -162,7 +180,7 @@ def _key_problems(request: Generation, limits: dict[str, Any], key: KeyLimits | 
         return
     if key.max_pixels is not None:
         yield from _pixel_problems(request, limits, key.max_pixels, "that the API key's max_pixels allows")
-    frames = request.num_frames or limits["defaults"].get("num_frames", 1)
+    frames = _frames(request, limits)
     if key.max_frames is not None and frames > key.max_frames:
         yield "num_frames", f"{frames} is more than the {key.max_frames} that the API key's max_frames allows"
 

@@ -147,21 +147,21 @@ class Rank:
 
     def _within_memory(self, capabilities: Capabilities, device: torch.device) -> Capabilities:
         """With sizes limited to what fits beside the weights, so that a larger request is refused before it starts."""
-        from omni_ray.plan.fit import safe_pixels
+        from omni_ray.plan.fit import room_for
         from omni_ray.plan.inventory import local_inventory
 
-        pixels = safe_pixels(self._group, self._source, local_inventory()) if device.type == "cuda" else None
-        if pixels is None:
+        room = room_for(self._group, self._source, local_inventory()) if device.type == "cuda" else None
+        if room is None:
             return capabilities
-        if pixels < capabilities.max_pixels:
+        if room.pixels < capabilities.max_pixels:
             logger.warning(
                 "%s: limits.max_pixels is %d, but no more than %d fit beside the weights; more is refused",
                 self._group.id,
                 capabilities.max_pixels,
-                pixels,
+                room.pixels,
             )
-        largest = min(pixels, capabilities.max_pixels)
-        return dataclasses.replace(capabilities, max_pixels=largest, max_pixels_at_once=pixels)
+        largest = min(room.pixels, capabilities.max_pixels)
+        return dataclasses.replace(capabilities, max_pixels=largest, max_pixels_at_once=room.at_once)
 
     @property
     def _engine(self) -> EngineLoop:

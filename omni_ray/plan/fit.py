@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 
 from omni_ray.config.spec import DitGroup
 from omni_ray.errors import ConfigError
@@ -11,12 +11,21 @@ from omni_ray.plan.inventory import Inventory
 from omni_ray.plan.placement import place
 from omni_ray.plan.plan import need_of
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Room:
+    """``pixels`` fit in one picture or one frame, ``at_once`` in all pictures and frames of a request together.
+
+    It is what fits with the model's default number of frames: a longer video has to be smaller in proportion.
+    """
+
+    pixels: int
+    at_once: int
 
 
-def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | None:
-    """Pixels of all images of the largest request that fits on a GPU of the first node; None where all that the limits
-    allow fits, or nothing is known of the checkpoint."""
+def room_for(group: DitGroup, source: str, inventory: Inventory) -> Room | None:
+    """What fits on a GPU of the first node; None where all that the limits allow fits, or nothing is known of the
+    checkpoint."""
     node = inventory[0]
     if not node.num_gpus:
         return None
@@ -24,6 +33,6 @@ def safe_pixels(group: DitGroup, source: str, inventory: Inventory) -> int | Non
         need = need_of(group, read_checkpoint(source), node, place(group, has_gpus=True))
     except (ConfigError, KeyError, TypeError, ValueError):
         return None
-    if need.safe_pixels == 0:
-        logger.warning("%s: limits allow %s, which does not fit; lower limits.max_frames", group.id, need.largest)
-    return need.safe_pixels or None
+    if need.safe_pixels is None or need.request is None:
+        return None
+    return Room(need.safe_pixels, need.safe_pixels * need.request.frames)

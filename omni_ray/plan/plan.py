@@ -19,7 +19,7 @@ from omni_ray.plan.memory import Memory, ar_memory, dit_memory
 from omni_ray.plan.parts import parts_of
 from omni_ray.plan.placement import Free, Placement, Seat, num_replicas, place
 from omni_ray.plan.refusals import Refusal, group_refusals
-from omni_ray.plan.request import Request, default_request, largest_request
+from omni_ray.plan.request import Request, default_request, square
 from omni_ray.plan.seconds import Estimate, ar_tokens_per_s, dit_seconds, nodes_of_axes
 
 PARTS = 32
@@ -37,7 +37,8 @@ class Need:
     largest: Request | None = None
     """The largest request that ``limits`` allow, where memory does not allow it."""
     safe_pixels: int | None = None
-    """Pixels of all images of the largest request that fits; 0 is none, None all that ``limits`` allow."""
+    """Pixels of all pictures of the largest request that fits, with the default number of frames; None: all that
+    ``limits`` allow."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,10 @@ def _notes(
             f"for the network; lower it, and let {instead} span nodes"
         )
     if need and need.largest:
-        change = f"set limits.max_pixels to {need.safe_pixels}" if need.safe_pixels else "lower limits.max_frames"
+        change = f"set limits.max_pixels to {need.safe_pixels}"
+        if need.request and need.request.frames > 1:
+            fits = f"{need.safe_pixels} pixels with {need.request.frames} frames"
+            change = f"{fits} do: lower limits.max_pixels or limits.max_frames"
         yield f"limits allow {need.largest}, which does not fit beside the weights; {change}"
 
 
@@ -179,18 +183,19 @@ def need_of(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, place
     request = default_request(group, checkpoint, vae)
     memory = dit_memory(group, parts, request, budget, on_gpu)
     estimate = dit_seconds(group, parts, request, node.card) if on_gpu and node.card else None
-    most = group.limits.max_pixels
+    most, most_frames = group.limits.max_pixels, group.limits.max_frames if request.frames > 1 else 1
 
-    def fits(num_pixels: int) -> bool:
-        return dit_memory(group, parts, largest_request(group, request, vae, num_pixels), budget, on_gpu).fits
+    def fits(num_pixels: int, frames: int) -> bool:
+        return dit_memory(group, parts, square(request, vae, num_pixels, frames), budget, on_gpu).fits
 
-    if not memory.fits or fits(most * group.limits.max_outputs):
+    if not memory.fits or fits(most * group.limits.max_outputs, most_frames):
         return Need(memory, request, estimate)
-    parts_of_most = range(1, PARTS * group.limits.max_outputs)  # several images are as much as one of all their pixels
-    num_fit = bisect.bisect_left(parts_of_most, True, key=lambda part: not fits(most * part // PARTS))
-    safe = largest_request(group, request, vae, most * num_fit // PARTS)
-    largest = largest_request(group, request, vae, most) if num_fit < PARTS else None
-    return Need(memory, request, estimate, largest=largest, safe_pixels=safe.width * safe.height if num_fit else 0)
+    several = range(1, PARTS * group.limits.max_outputs + 1)  # several images are as much as one of all their pixels
+    num_fit = bisect.bisect_left(several, True, key=lambda part: not fits(most * part // PARTS, request.frames))
+    safe = square(request, vae, most * num_fit // PARTS, request.frames)
+    pixels = max(safe.width * safe.height, request.width * request.height)
+    largest = None if fits(most, most_frames) else square(request, vae, most, most_frames)
+    return Need(memory, request, estimate, largest=largest, safe_pixels=pixels)
 
 
 def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card | None) -> Refusal:

@@ -95,8 +95,8 @@ def resize(request: Request, vae: Autoencoder, width: int, height: int, frames: 
     return dataclasses.replace(request, width=width, height=height, frames=frames, image_tokens=tokens)
 
 
-def largest_request(group: DitGroup, request: Request, vae: Autoencoder, num_pixels: int) -> Request:
-    """The request for a square of ``num_pixels``, and, where it is one for a video, of the most frames allowed."""
+def square(request: Request, vae: Autoencoder, num_pixels: int, frames: int) -> Request:
+    """The request for a square of ``num_pixels``."""
     edge = request.patch * vae.spatial
     side = max(edge, math.isqrt(num_pixels) // edge * edge)
-    return resize(request, vae, side, side, group.limits.max_frames if request.frames > 1 else 1)
+    return resize(request, vae, side, side, frames)

@@ -68,6 +68,19 @@ def test_as_many_images_as_fit_into_memory_at_once() -> None:
         job_of(limits, n=4)
 
 
+def test_as_many_frames_as_fit_into_memory_at_once() -> None:
+    own = {"fields": [*LIMITS["fields"], "num_frames"], "defaults": LIMITS["defaults"] | {"num_frames": 5}}
+    limits = VIDEO_LIMITS | own | {"max_pixels_at_once": 10 * 256 * 256}
+    assert job_of(limits, num_frames=9, size="256x256").params["num_frames"] == 9
+    problem = "num_frames: 13 frames of 256 x 256 pixels are more than the 655360 pixels .*; ask for 9 at most"
+    with pytest.raises(RequestError, match=problem):
+        job_of(limits, num_frames=13, size="256x256")
+    assert job_of(limits, num_frames=13, size="128x128").params["num_frames"] == 13
+    problem = "n: 3 x 256 x 256 pixels are more than the 131072 that fit into memory at once; ask for 2 at most"
+    with pytest.raises(RequestError, match=problem):
+        job_of(limits, n=3, size="256x256")
+
+
 def test_a_request_becomes_a_job() -> None:
     job = job_of(size="128x64", n=2, seed=7, num_inference_steps=8, output_format="jpeg", output_compression=80)
     assert job.id.startswith("r-")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from omni_ray.config.spec import DitGroup, OmniSpec
-from omni_ray.plan.fit import safe_pixels
+from omni_ray.plan.fit import Room, room_for
 from omni_ray.plan.fixes import find_fixes
 from omni_ray.plan.inventory import parse_inventory
 from omni_ray.plan.plan import Need, make_plan
@@ -83,10 +83,16 @@ def test_what_does_not_fit_is_fixed_by_offload() -> None:
     assert any("offload.kind: layerwise" in str(fix) or "offload" in repr(fix) for fix in find_fixes(plan))
 
 
+def room_on(card: str, source: str, **blocks: Any) -> Room | None:
+    group = DitGroup.model_validate({"name": "m", "type": "dit", "source": source, **blocks})
+    return room_for(group, source, parse_inventory([card]))
+
+
 def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
     def largest(card: str, **blocks: Any) -> int | None:
-        group = DitGroup.model_validate({"name": "m", "type": "dit", "source": QWEN, **blocks})
-        return safe_pixels(group, QWEN, parse_inventory([card]))
+        room = room_on(card, QWEN, **blocks)
+        assert room is None or room.at_once == room.pixels
+        return room and room.pixels
 
     limits = {"limits": {"max_pixels": 8192 * 8192}}
     assert largest("1xH200-141G", limits={"max_outputs": 1}) is None
@@ -101,7 +107,17 @@ def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
     quantized = largest("1xH100-80G", quantization={"kind": "int8"}, **limits)
     assert quantized
     assert quantized > small
-    assert safe_pixels(DitGroup(type="dit", name="m", source="x"), "/nowhere", parse_inventory(["1xH100-80G"])) is None
+    tiled = largest("1xH100-80G", vae={"tiling": True}, **limits)
+    assert tiled
+    assert tiled > 2 * small
+    assert room_on("1xH100-80G", "/nowhere") is None
+
+
+def test_a_video_may_be_longer_or_larger() -> None:
+    room = room_on("1xL40S-48G", WAN, offload={"kind": "sequential"})
+    assert room
+    assert room.at_once == 81 * room.pixels
+    assert 832 * 480 <= room.pixels < 2048**2
 
 
 @pytest.mark.parametrize(
