@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from omni_ray import __version__
 from omni_ray.api import audit
 from omni_ray.api.access import Access, Keys
+from omni_ray.api.answers import limit_answer
 from omni_ray.api.background import Background
 from omni_ray.api.body import model_name, parse_object, read_body
 from omni_ray.api.chat import chat_with_drawer
@@ -130,10 +131,9 @@ class Api:
         raw = await read_body(request, self._max_body_bytes)
         body = parse_object(raw)
         route = await self._directory.open(model_name(body))
-        if await self._fetcher.inline(body):
-            raw = to_json(body, inf_nan_mode="constants")
+        is_changed = await self._fetcher.inline(body)
         if route.type == "ar":
-            return await self._forwarder.forward(route.group, request, raw)
+            return await self._speak(route.group, request, raw, body, is_changed=is_changed)
         return await chat_with_drawer(self._drawer, route, body, Submission.of(request).request_id)
 
     async def images(self, request: Request) -> Response:
@@ -175,6 +175,13 @@ class Api:
         route = await self._directory.open(model_name(body))
         if route.type != "ar":
             raise RequestError(f"{route.name} draws; use /v1/chat/completions or /v1/images/generations", param="model")
-        if await self._fetcher.inline(body):
+        is_changed = await self._fetcher.inline(body)
+        return await self._speak(route.group, request, raw, body, is_changed=is_changed)
+
+    async def _speak(
+        self, group: str, request: Request, raw: bytes, body: dict[str, Any], *, is_changed: bool
+    ) -> Response:
+        """A body that has not changed goes on as it came."""
+        if limit_answer(request.scope["path"], body) or is_changed:
             raw = to_json(body, inf_nan_mode="constants")
-        return await self._forwarder.forward(route.group, request, raw)
+        return await self._forwarder.forward(group, request, raw)

@@ -34,6 +34,11 @@ class KeyLimits(Block):
     )
     max_pixels: Positive | None = Field(None, description="Width x height; more gets a 400.")
     max_frames: Positive | None = Field(None, description="Frames of a video; more get a 400.")
+    max_tokens: Positive | None = Field(
+        None,
+        description="Tokens of all answers of a request to an AR model; more get a 400. A request that leaves its "
+        "length open gets at most these.",
+    )
     models: list[str] | None = Field(
         None, description="Models, by name or `name:profile`, that it may use; others get a 403. `[]` is none of them."
     )

@@ -219,6 +219,45 @@ async def test_a_key_has_its_size(cluster: Cluster, keys_file: Path) -> None:
     assert not cluster.jobs
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "sent"),
+    [
+        (CHAT, HELLO, {"max_completion_tokens": 100}),
+        (CHAT, HELLO | {"n": 3}, {"max_completion_tokens": 33}),
+        (CHAT, HELLO | {"max_tokens": 100}, {}),
+        ("/v1/completions", {"model": "m", "prompt": ["a", "b"]}, {}),  # 16 tokens each, where nothing is said
+        ("/v1/embeddings", {"model": "m", "input": "a"}, {}),
+    ],
+)
+async def test_a_key_has_its_tokens(
+    path: str, body: dict[str, Any], sent: dict[str, int], cluster: Cluster, keys_file: Path
+) -> None:
+    write_keys(keys_file, bob=(BOB, {"max_tokens": 100}))
+    assert (await client(cluster, BOB, keys_file=str(keys_file)).post(path, json=body)).status_code == 200
+    assert json.loads(cluster.requests[0].body) == body | sent
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, HELLO | {"max_tokens": 101}, "max_tokens"),
+        (CHAT, HELLO | {"max_tokens": 51, "n": 2}, "max_tokens"),
+        (CHAT, HELLO | {"max_tokens": 5, "max_completion_tokens": 101}, "max_completion_tokens"),
+        (CHAT, HELLO | {"n": 101}, "max_completion_tokens"),
+        (CHAT, HELLO | {"max_tokens": "101"}, "max_tokens"),
+        ("/v1/completions", {"model": "m", "prompt": list("abcdefg")}, "max_tokens"),
+        ("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 101}, "max_output_tokens"),
+    ],
+)
+async def test_a_key_beyond_its_tokens(
+    path: str, body: dict[str, Any], param: str, cluster: Cluster, keys_file: Path
+) -> None:
+    write_keys(keys_file, bob=(BOB, {"max_tokens": 100}))
+    answer = await client(cluster, BOB, keys_file=str(keys_file)).post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert not cluster.requests
+
+
 async def test_a_key_over_its_rate_on_two_ingress_replicas(cluster: Cluster, keys_file: Path) -> None:
     write_keys(keys_file, alice=(ALICE, {"requests_per_minute": 3}), bob=(BOB, {}))
     replicas = [client(cluster, ALICE, keys_file=str(keys_file)) for _ in range(2)]
