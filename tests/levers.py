@@ -26,7 +26,13 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 OFFLOADS = ("none", "model", "layerwise", "sequential")
 QUANTIZATIONS = ("none", "int8")
-AXES: dict[str, dict[str, int]] = {"1 rank": {}, "tensor 2": {"tensor": 2}, "ulysses 2": {"ulysses": 2}}
+AXES: dict[str, dict[str, int]] = {
+    "1 rank": {},
+    "tensor 2": {"tensor": 2},
+    "ulysses 2": {"ulysses": 2},
+    "ring 2": {"ring": 2},
+    "cfg 2": {"cfg": 2},
+}
 
 TOLERANCE = {"none": 1e-4, "int8": 0.05}
 """Against one rank with all weights on the device. Tensor parallelism cuts a weight before it is quantized, so that its
@@ -75,9 +81,9 @@ def sample() -> list[Key]:
 def run(combinations: list[Key]) -> dict[Key, dict[str, Any]]:
     """What came of those combinations that are not refused."""
     results: dict[Key, dict[str, Any]] = {}
-    for size in (1, 2):
-        chosen = [key for key in combinations if (size == 2) == bool(AXES[key[4]]) and not refusal(key)]
-        rows = run_ranks(size, [(key[0], levers(key)) for key in chosen])
+    for axes, degrees in AXES.items():
+        chosen = [key for key in combinations if key[4] == axes and not refusal(key)]
+        rows = run_ranks(2 if degrees else 1, [(key[0], levers(key)) for key in chosen])
         results |= zip(chosen, rows, strict=True)
     return results
 
@@ -88,7 +94,7 @@ def table(results: dict[Key, dict[str, Any]]) -> str:
         lines += [
             f"## {title}\n",
             f"| cache | offload | quantization | {' | '.join(AXES)} |",
-            "|---|---|---|---|---|---|",
+            f"|---|---|---|{'---|' * len(AXES)}",
         ]
         for row in itertools.product(CACHES, OFFLOADS, QUANTIZATIONS):
             cells = [cell((family, *row, axes), results) for axes in AXES]

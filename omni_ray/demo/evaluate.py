@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +40,63 @@ def _share(right: list[bool]) -> str:
     return f"{100 * sum(right) / len(right):.1f}% of {len(right)}" if right else "none of 0"
 
 
+def _measured(
+    pipeline: Any,
+    wanted: Sequence[Any],
+    batch: int,
+    draw: Callable[[list[str], list[torch.Generator]], Sequence[Any]],
+    check: Callable[[Any, Any], dict[str, str]],
+    sorts: dict[str, Callable[[Any], bool]],
+) -> dict[str, Any]:
+    """Draws the captions of the scenes, and checks what came. ``sorts`` are those whose shares are told apart."""
+    pipeline.set_progress_bar_config(disable=True)
+    wrong: list[dict[str, str]] = []
+    drawing = 0.0
+    for start in range(0, len(wanted), batch):
+        some = wanted[start : start + batch]
+        seeds = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(some))]
+        begin = time.monotonic()
+        made = draw([scene.caption() for scene in some], seeds)
+        drawing += time.monotonic() - begin
+        wrong += [check(each, scene) for each, scene in zip(made, some, strict=True)]
+    pairs = list(zip(wrong, wanted, strict=True))
+    failures = Counter(name for row in wrong for name in row)
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        "right": sum(not row for row in wrong) / len(wanted),
+        "all": _share([not row for row in wrong]),
+        **{sort: _share([not row for row, scene in pairs if is_one(scene)]) for sort, is_one in sorts.items()},
+        "failures": {name: failures[name] for name in CATEGORIES},
+        "seconds": drawing / len(wanted),
+        "params": {name: sum(p.numel() for p in part.parameters()) for name, part in sorted(parts.items())},
+        "examples": [f"{scene.caption()}: {row}" for row, scene in pairs if row][:12],
+    }
+
+
 def run_image(folder: Path, count: int, device: str, dtype: torch.dtype, batch: int) -> dict[str, Any]:
     """Draws ``count`` held-out captions at the folder's defaults and checks the pictures."""
     from omni_ray.demo.image_model import DEFAULTS, diffusers
 
-    pipeline = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    wanted = scenes.held_out_scenes(count)
-    wrong: list[dict[str, str]] = []
-    drawing = 0.0
-    for start in range(0, count, batch):
-        some = wanted[start : start + batch]
-        seeds = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(some))]
-        begin = time.monotonic()
-        images = pipeline([scene.caption() for scene in some], generator=seeds, **DEFAULTS).images
-        drawing += time.monotonic() - begin
-        wrong += [reasons(image, scene) for image, scene in zip(images, some, strict=True)]
-    failures = Counter(name for row in wrong for name in row)
-    parts = {name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
-    return {
-        "right": sum(not row for row in wrong) / count,
-        "all": _share([not row for row in wrong]),
-        "one shape": _share([not r for r, s in zip(wrong, wanted, strict=True) if s.relation is None]),
-        "two shapes": _share([not r for r, s in zip(wrong, wanted, strict=True) if s.relation is not None]),
-        "failures": {name: failures[name] for name in CATEGORIES},
-        "seconds": drawing / count,
-        "params": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "examples": [f"{s.caption()}: {r}" for r, s in zip(wrong, wanted, strict=True) if r][:12],
-    }
+    pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    sorts = {"one shape": lambda scene: scene.relation is None, "two shapes": lambda scene: scene.relation is not None}
+
+    def draw(captions: list[str], seeds: list[torch.Generator]) -> Any:
+        return pipe(captions, generator=seeds, **DEFAULTS).images
+
+    return _measured(pipe, scenes.held_out_scenes(count), batch, draw, reasons, sorts)
+
+
+def run_video(folder: Path, count: int, device: str, dtype: torch.dtype, batch: int) -> dict[str, Any]:
+    """Films ``count`` held-out captions at the folder's defaults and checks the clips."""
+    from omni_ray.demo.video_model import DEFAULTS, diffusers
+
+    pipe = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    sorts = {"moving": lambda scene: bool(scene.direction), "still": lambda scene: not scene.direction}
+
+    def film(captions: list[str], seeds: list[torch.Generator]) -> Any:
+        return pipe(captions, generator=seeds, output_type="pil", **DEFAULTS).frames
+
+    return _measured(pipe, moving.held_out_scenes(count), batch, film, check_moving.reasons, sorts)
 
 
 def _evaluate(
@@ -97,37 +126,6 @@ def _evaluate(
 def evaluate_image(folder: Path, count: int, device: str, card: bool = True, dtype_name: str = "bfloat16") -> float:
     """Measures ``demo:image``, prints the figures, writes the card; the share that is right, 0..1."""
     return _evaluate("image", run_image, image_card, folder, count, device, card, dtype_name)
-
-
-def run_video(folder: Path, count: int, device: str, dtype: torch.dtype, batch: int) -> dict[str, Any]:
-    """Films ``count`` held-out captions at the folder's defaults and checks the clips."""
-    from omni_ray.demo.video_model import DEFAULTS, diffusers
-
-    pipeline = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    wanted = moving.held_out_scenes(count)
-    wrong: list[dict[str, str]] = []
-    filming = 0.0
-    for start in range(0, count, batch):
-        some = wanted[start : start + batch]
-        seeds = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(some))]
-        begin = time.monotonic()
-        captions = [scene.caption() for scene in some]
-        clips = pipeline(captions, generator=seeds, output_type="pil", **DEFAULTS).frames
-        filming += time.monotonic() - begin
-        wrong += [check_moving.reasons(frames, scene) for frames, scene in zip(clips, some, strict=True)]
-    failures = Counter(name for row in wrong for name in row)
-    parts = {name: getattr(pipeline, name) for name in ("transformer", "transformer_2", "vae", "text_encoder")}
-    return {
-        "right": sum(not row for row in wrong) / count,
-        "all": _share([not row for row in wrong]),
-        "moving": _share([not r for r, s in zip(wrong, wanted, strict=True) if s.direction]),
-        "still": _share([not r for r, s in zip(wrong, wanted, strict=True) if not s.direction]),
-        "failures": {name: failures[name] for name in CATEGORIES},
-        "seconds": filming / count,
-        "params": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "examples": [f"{s.caption()}: {r}" for r, s in zip(wrong, wanted, strict=True) if r][:12],
-    }
 
 
 def evaluate_video(folder: Path, count: int, device: str, card: bool = True, dtype_name: str = "bfloat16") -> float:

@@ -53,7 +53,7 @@ def encode_preview(output: Any, job: Job) -> Iterator[Media]:
     """The first image of a pipeline's output, or the first frame, at the size that the job asks for."""
     image = output.images[0] if getattr(output, "frames", None) is None else output.frames[0][0]
     if not isinstance(image, Image.Image):
-        image = Image.fromarray((np.asarray(image, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     size = job.params.get("width", image.width), job.params.get("height", image.height)
     format = "jpeg" if job.format == "mp4" else job.format
     data = encode_image(image.resize(size), format, min(job.compression, PREVIEW_QUALITY))
@@ -72,8 +72,7 @@ def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
     """H.264 in MP4 from frames ``[F, H, W, 3]``, uint8 or float in 0..1."""
     import av
 
-    if frames.dtype != np.uint8:
-        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    frames = _eight_bits(frames)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)
@@ -82,6 +81,11 @@ def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+def _eight_bits(colours: np.ndarray) -> np.ndarray:
+    """Colours of 0..255 from such, or from floats of 0..1."""
+    return colours if colours.dtype == np.uint8 else (colours.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _media(job: Job, index: int, data: bytes, shape: tuple[int, ...], format: Any) -> Media:
