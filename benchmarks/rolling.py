@@ -54,7 +54,7 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
         changed |= change
         began, before = time.monotonic(), len(traffic.outcomes)
         nodes.deploy(write(folder / "omni.yaml", folder / "jobs", change=changed))
-        time.sleep(2)
+        wait_for_the_change(striker)
         striker.wait_until_whole(NUM_REPLICAS)
         seconds = time.monotonic() - began
         print(
@@ -65,6 +65,15 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
         time.sleep(1)
     traffic.stop()
     report(traffic.outcomes)
+
+
+def wait_for_the_change(striker: Striker) -> None:
+    """Ray Serve builds the application before it touches a replica."""
+    deadline = time.monotonic() + 60
+    while striker.is_whole(NUM_REPLICAS):
+        if time.monotonic() > deadline:
+            raise SystemExit("nothing has changed")
+        time.sleep(0.2)
 
 
 def report(outcomes: list[Outcome]) -> None:

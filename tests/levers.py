@@ -68,7 +68,7 @@ def refusal(key: Key) -> str | None:
     try:
         DitGroup.model_validate({"type": "dit", "name": "m", "source": "x", "device": "cpu", **levers(key)})
     except ValidationError as error:
-        return str(error.errors()[0]["msg"])
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
     return None
 
 

@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 
 from omni_ray.accel.apply import accelerate
 from omni_ray.accel.parallel import build_mesh
+from omni_ray.accel.parallel.mesh import group_of
 from omni_ray.config.spec import Batching, DitGroup, DitOffload, DitParallel
 from omni_ray.engine import lane, world
 from omni_ray.engine.exchange import Exchange
@@ -35,6 +36,9 @@ from tests.tiny_dit import build
 MIXED = [("a red circle", 64, 64, 4), ("a blue house by the sea", 64, 96, 6), ("a tree", 96, 64, 3)]
 FAILING = (96, 96)
 CPU = torch.device("cpu")
+
+_solo: list[dist.ProcessGroup] = []
+"""Of a rank of several: its group of one."""
 
 _wanted: dict[str, dict[str, Any]] = {}
 """The one-rank images of a group's cases before."""
@@ -111,6 +115,8 @@ def load(folder: Path) -> DiffusionPipeline:
 def _alone(pipe: DiffusionPipeline, group: DitGroup, jobs: list[Job], made: dict[str, Any]) -> None:
     """The images of those jobs that end, on one rank, one after the other."""
     accelerators = accelerate(pipe, group, CPU)
+    if accelerators.cache_dit and _solo:
+        accelerators.cache_dit.compare_within(_solo[0])
     if group.cache.kind == "none":
         for job in jobs[:5]:
             made[job.id] = pixels(pipe(**job.params, generator=torch.Generator("cpu").manual_seed(job.seed or 0)))
@@ -175,6 +181,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if size != "1":
         world.join(int(index), int(size), "127.0.0.1", int(port), CPU, None)
+        _solo.append(group_of([[rank] for rank in range(int(size))]))
     rows = [
         run_case(family, levers, Path(results).parent / family, index == "0") for family, levers in json.loads(cases)
     ]

@@ -19,7 +19,7 @@ from omni_ray.accel.graphs import apply_cuda_graphs
 from omni_ray.accel.modules import transformers_of
 from omni_ray.accel.offload import Offload, apply_offload
 from omni_ray.accel.parallel import apply_parallel, split_decode
-from omni_ray.accel.parallel.mesh import Ranks
+from omni_ray.accel.parallel.mesh import Ranks, group_of, parts_of
 from omni_ray.accel.projections import fuse_projections
 from omni_ray.accel.quantize import apply_quantization
 from omni_ray.accel.vae import apply_vae
@@ -58,6 +58,8 @@ def accelerate(
     warnings = apply_attention(pipe, group.attention, device, pipe.dtype)
     shards = [Ranks.of(mesh, dim) for dim in ("ring", "ulysses") if getattr(group.parallel, dim) > 1] if mesh else []
     teacache, cache_dit = apply_cache(pipe, group.cache, shards)
+    if mesh is not None and cache_dit is not None:
+        cache_dit.compare_within(group_of(parts_of(mesh)))
     if mesh is not None:
         apply_parallel(pipe, group.parallel, mesh)
         if group.parallel.vae == "auto":

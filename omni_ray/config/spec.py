@@ -266,15 +266,6 @@ class DitGroup(Group):
             raise ValueError(f"compile.cuda_graphs: cannot go with {self.against_cuda_graphs}; remove one of them")
         return self
 
-    @model_validator(mode="after")
-    def _caches_know_all_branches(self) -> Self:
-        if self.cache.kind in ("cache_dit", "both") and self.parallel.cfg > 1:
-            raise ValueError(
-                f"cache.kind: {self.cache.kind!r} cannot go with parallel.cfg 2, because cache-dit compares over all "
-                "ranks what only one part of the gang computes; use 'teacache' or 'none', or cfg: 1"
-            )
-        return self
-
 
 class Pipeline(Block):
     """A chain: the AR model rewrites what a person says, the DiT model draws it."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from omni_ray.accel.parallel.mesh import group_of, parts_of
 from omni_ray.engine.lockstep import confirm_failure, same
 from omni_ray.errors import EngineFailed
 
@@ -25,9 +26,9 @@ class Exchange:
         self._device = torch.device(mesh.device_type)
         self._data = axis.get_group()
         self._ranks: list[int] = dist.get_process_group_ranks(self._data)
-        by_part = mesh.mesh.movedim(list(mesh.mesh_dim_names or ()).index("cfg"), 0).reshape(self.size, -1)
-        self._words = gloo_group(by_part.T.tolist())
-        self._own_part = gloo_group(by_part.tolist())
+        parts = parts_of(mesh)
+        self._words = group_of([list(ranks) for ranks in zip(*parts, strict=True)], "gloo")
+        self._own_part = group_of(parts, "gloo")
 
     def confirm_failure(self) -> None:
         """As `Lockstep.confirm_failure`, among the ranks of this part: the others computed something else."""
@@ -55,12 +56,6 @@ class Exchange:
                     leaves.append(tensor)
             answers.append(pytree.tree_unflatten(leaves, spec) if spec is not None else EngineFailed(str(error)))
         return (own if sends else answers), told
-
-
-def gloo_group(cells: list[list[int]]) -> Any:
-    """The group of this rank's cell. All ranks make all groups, as torch wants it."""
-    groups = [dist.new_group(cell, backend="gloo") for cell in cells]
-    return next(group for cell, group in zip(cells, groups, strict=True) if dist.get_rank() in cell)
 
 
 def _describe(answer: Answer) -> tuple[str | None, pytree.TreeSpec | None, list[tuple[torch.Size, torch.dtype]]]:

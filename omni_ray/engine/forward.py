@@ -80,7 +80,8 @@ class Forward:
     def _in_parts(self, call: Call, exchange: Exchange) -> None:
         """One call whose batch is cut over the cfg axis, such as one that brings both guidance branches itself."""
         piece = batch.piece(call, exchange.index, exchange.size)
-        own = self._run([piece], exchange, [call])
+        with self._cache_dit.comparing_everywhere() if self._cache_dit else contextlib.nullcontext():
+            own = self._run([piece], exchange, [call])
         told = exchange.all(own, [piece.skipped])
         parts, skipped = [answer for (answer,), _ in told], [each for _, (each,) in told]
         error = next((part for part in parts if isinstance(part, BaseException)), None)

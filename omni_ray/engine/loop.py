@@ -68,9 +68,11 @@ class EngineLoop:
         self._encode = encode
         self._edits = edits
         self._teacache = accelerators.teacache if accelerators else None
+        cache_dit = accelerators.cache_dit if accelerators else None
         self._snapshots: When = "before computed steps" if self._teacache else "after any step"
-        if accelerators is not None and accelerators.cache_dit is not None:  # what it keeps goes back several steps
+        if cache_dit is not None:  # what it keeps goes back several steps
             self._snapshots = "never"
+        self._has_cache = self._teacache is not None or cache_dit is not None
         self._num_admitted = 0
         self._offload = offload = accelerators.offload if accelerators else None
         self._batching = batching
@@ -162,7 +164,7 @@ class EngineLoop:
         """The calls to compute next, in a share for each part of the cfg axis."""
         if not calls:
             return []
-        if self._num_parts > 1 and self._teacache is not None:
+        if self._num_parts > 1 and self._has_cache:
             return batch.share_at_home(calls, self._slack_s, self._budget, self._num_parts)
         chosen = batch.choose(calls, self._slack_s, self._budget * self._num_parts)
         return batch.share_out(chosen, calls, self._slack_s, self._num_parts)

@@ -19,9 +19,21 @@ def case(family: str, **degrees: int) -> Case:
 
 
 TEACACHE = {"kind": "teacache", "threshold": 1e9, "coefficients": (1.0, 0.0)}
+CACHE_DIT: dict[str, Any] = {
+    "kind": "cache_dit",
+    "cache_dit": {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9},
+}
+"""Below 1, the library compares what it has, and averages that over the ranks."""
+
+ALWAYS = CACHE_DIT | {"cache_dit": CACHE_DIT["cache_dit"] | {"residual_diff_threshold": 1e9}}
+"""For Z-Image, whose branches are one call: on ranks of their own they are not padded to each other's length, and the
+means of what is compared are others."""
+
 TENSOR = ("flux", "flux2", "qwen_image", "z_image", "sd3", "wan")
 TWO = [case(family, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 TWO += [case("flux", ring=2), case("qwen_image", cfg=2)]
+TWO += [("qwen_image", {"parallel": {"cfg": 2}, "cache": CACHE_DIT})]
+TWO += [("flux", {"parallel": {"ulysses": 2}, "attention": {"fused_qkv": True}})]
 TWO += [("flux", {"parallel": {"ulysses": 2}, "vae": {"tiling": True}})]
 MORE = [case(family, ring=2) for family in TENSOR[1:]] + [case(family, cfg=2) for family in (*TENSOR, "hunyuan_image")]
 MORE += [case("helios", **{axis: 2}) for axis in ("ulysses", "ring", "cfg")]
@@ -32,11 +44,14 @@ CACHED: list[Case] = [
 ]
 CACHED += [("helios", {"parallel": {axis: 2}, "cache": TEACACHE}) for axis in ("ulysses", "ring", "cfg")]
 CACHED += [("hunyuan_image", {"parallel": {"cfg": 2}, "cache": TEACACHE})]
+CACHED += [(family, {"parallel": {"cfg": 2}, "cache": CACHE_DIT}) for family in ("qwen_image", "wan")]
+CACHED += [("z_image", {"parallel": {"cfg": 2}, "cache": ALWAYS})]
 FOUR = [case(family, tensor=2, ulysses=2) for family in TENSOR]
 FOUR += [case(family, cfg=2, **{axis: 2}) for family in TENSOR for axis in ("tensor", "ulysses")]
 FOUR += [case("flux", ring=2, ulysses=2)]
 FOUR += [("wan", {"parallel": {"tensor": 2, "ulysses": 2}, "cache": TEACACHE})]
 FOUR += [(family, {"parallel": {"cfg": 2, "ulysses": 2}, "cache": TEACACHE}) for family in ("wan", "z_image")]
+FOUR += [("wan", {"parallel": {"cfg": 2, "ulysses": 2}, "cache": CACHE_DIT})]
 
 THREE = [case(family, ring=3) for family in ("flux", "qwen_image", "wan")]
 """Neither tokens nor rows of the picture divide by the ranks."""

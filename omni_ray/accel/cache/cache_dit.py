@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from omni_ray.accel.cache.stacks import Stacks
 from omni_ray.config.spec import CacheDitOptions
 from omni_ray.errors import ConfigError
@@ -34,6 +37,7 @@ class CacheDit:
 
         self._spec = spec
         self._stacks = stacks
+        self._ranks = _Ranks(None)
         self._managers: dict[str, Any] = {}
         self._templates: dict[str, dict[str, dict[str, Any]]] = {}
         options = spec.model_dump(exclude={"taylorseer_order", "steps_mask"})
@@ -47,6 +51,21 @@ class CacheDit:
             manager = self._managers[name] = adapter.pipe._context_manager
             contexts = manager._cached_context_manager
             self._templates[name] = {key: context._init_kwargs for key, context in contexts.items()}
+
+    def compare_within(self, group: dist.ProcessGroup) -> None:
+        """Average what is compared over the ranks of ``group``, which compute the same calls, in place of all ranks."""
+        from cache_dit.caching.cache_contexts import cache_manager  # type: ignore[import-untyped]
+
+        self._ranks = cache_manager.dist = _Ranks(group)
+
+    @contextmanager
+    def comparing_everywhere(self) -> Iterator[None]:
+        """All ranks compute parts of one call, and decide about it together."""
+        group, self._ranks.group = self._ranks.group, None
+        try:
+            yield
+        finally:
+            self._ranks.group = group
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +127,19 @@ def adapt(name: str, transformer: Any, spec: CacheDitOptions) -> Any:
                 f"{spec.Bn_compute_blocks} = {wanted}, but {label} of {kind} has {len(blocks)} blocks; lower them"
             )
     return adapter
+
+
+class _Ranks:
+    """Stands where the library has ``torch.distributed``: what it compares is averaged over ``group``."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def all_reduce(self, x: torch.Tensor, op: Any) -> None:
+        dist.all_reduce(x, op, group=self.group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
 
 
 def _executed(contexts: Contexts) -> list[int]:

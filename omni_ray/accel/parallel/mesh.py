@@ -40,6 +40,20 @@ def build_mesh(parallel: DitParallel, device_type: str) -> DeviceMesh:
     )
 
 
+def parts_of(mesh: DeviceMesh) -> list[list[int]]:
+    """The ranks of each part of the ``cfg`` axis: those that compute the same calls."""
+    dim = list(mesh.mesh_dim_names or ()).index("cfg")
+    parts: list[list[int]] = mesh.mesh.movedim(dim, 0).flatten(1).tolist()
+    return parts
+
+
+def group_of(cells: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
+    """The process group of this rank's cell, over ``backend`` or that of all ranks. All ranks make all groups, as torch
+    wants it."""
+    groups: list[dist.ProcessGroup] = [dist.new_group(cell, backend=backend) for cell in cells]
+    return next(group for cell, group in zip(cells, groups, strict=True) if dist.get_rank() in cell)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One dimension of the mesh, as this rank sees it. Unlike a DeviceMesh, it can be used in any thread."""
