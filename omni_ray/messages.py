@@ -152,6 +152,9 @@ class HttpRequest:
     path: str
     headers: tuple[tuple[str, str], ...]
     body: bytes
+    bound: tuple[str, int] | None = None
+    """A field of the body that says how many tokens an answer may have and that the body leaves open, and the most that
+    it may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +177,16 @@ class LoadProgress:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What fits into memory: ``alone`` are the pixels of one picture, ``together`` those of all of a request, each of
+    ``frames`` frames. A longer video has to be smaller in proportion."""
+
+    alone: int
+    together: int
+    frames: int = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """What a loaded DiT group accepts, read from its pipeline.
@@ -190,8 +203,8 @@ class Capabilities:
     size_multiple: int = 16
     frame_multiple: int = 1
     max_pixels: int = 2048 * 2048
-    max_pixels_at_once: int | None = None
-    """Of all images and frames of a request together, where memory sets a limit."""
+    room: Room | None = None
+    """Where memory sets a limit."""
 
     max_steps: int = 200
     max_outputs: int = 10

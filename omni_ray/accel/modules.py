@@ -24,6 +24,11 @@ def is_transformer(name: str) -> bool:
     return name.split("_")[0] in ("transformer", "unet")
 
 
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether it is so in its checkpoint, by diffusers or transformers."""
+    return bool(getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None))
+
+
 def repeated_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """Those of the classes that it names, else of those in the stacks of its family."""
     family = FAMILIES.get(type(transformer).__name__)

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
-from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.modules import is_quantized, transformers_of
+from omni_ray.config.catalog import FAMILIES
 from omni_ray.config.spec import Attention
 from omni_ray.errors import ConfigError
 
@@ -19,28 +20,32 @@ SEPARATE = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
 """What each fused projection replaces."""
+
+ASKED_FOR = "to_added_kv"
+"""Where a model looks whether those that it replaces are there."""
 
 
 def fuse_projections(pipe: DiffusionPipeline, spec: Attention) -> None:
     """Fuse them in all transformers if the spec asks for it; ConfigError where a transformer has none to fuse."""
     for name, transformer in transformers_of(pipe).items() if spec.fused_qkv else ():
-        modules: list[Any] = [each for each in transformer.modules() if _can_be_fused(each)]
+        kind = type(transformer).__name__
+        if is_quantized(transformer):
+            raise ConfigError(f"attention.fused_qkv: {name} is quantized in its checkpoint; remove the key")
+        modules: list[Any] = [each for each in transformer.modules() if kind in FAMILIES and _can_be_fused(each)]
         if not modules:
-            raise ConfigError(
-                f"attention.fused_qkv: {name} ({type(transformer).__name__}) has no projections that can be fused; "
-                "remove the key"
-            )
+            raise ConfigError(f"attention.fused_qkv: {name} ({kind}) has no projections to fuse; remove the key")
         for module in modules:
             module.fuse_projections()
-            for separate in (each for fused, parts in SEPARATE.items() if hasattr(module, fused) for each in parts):
-                delattr(module, separate)
+            for fused in SEPARATE.keys() & dict(module.named_children()).keys():
+                for separate in SEPARATE[fused]:
+                    if fused == ASKED_FOR:
+                        setattr(module, separate, nn.Identity())
+                    else:
+                        delattr(module, separate)
 
 
 def _can_be_fused(module: nn.Module) -> bool:
-    return (
-        isinstance(module, AttentionModuleMixin)
-        and module._supports_qkv_fusion
-        and all(type(getattr(module, name, None)) is nn.Linear for name in SEPARATE["to_kv"])
-    )
+    return isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion

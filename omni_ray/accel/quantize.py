@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from omni_ray.accel import fp8
-from omni_ray.accel.modules import transformers_of
+from omni_ray.accel.modules import is_quantized, transformers_of
 from omni_ray.config.spec import DitQuantization
 from omni_ray.errors import ConfigError
 
@@ -34,10 +34,11 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
     if spec.kind in ("none", "gguf"):
         return []
     convert, fits = _format(spec.kind, device)
-    warnings = []
+    warnings, paths = [], list[str]()
     for name, module in _components(pipe, spec).items():
-        if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
+        if is_quantized(module):
             raise ConfigError(f"quantization.kind {spec.kind!r}: {name} is quantized in its checkpoint; set kind: none")
+        paths += [path for path, _ in _linears(module)]
         linears = {path: linear for path, linear in _linears(module) if not _matches(path, spec.skip)}
         others = {str(linear.weight.dtype) for linear in linears.values()} - {str(torch.bfloat16)}
         if others and spec.kind != "int8":
@@ -50,7 +51,8 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
             _convert(linear, convert, device)
         if not chosen:
             warnings.append(f"quantization {spec.kind}: none of the {len(linears)} layers of {name} that may be was")
-    return warnings
+    idle = [pattern for pattern in spec.skip if not any(_matches(path, (pattern,)) for path in paths)]
+    return warnings + [f"quantization {spec.kind}: no layer is called {pattern!r}, as skip says" for pattern in idle]
 
 
 def _convert(linear: torch.nn.Linear, convert: Convert, device: torch.device) -> None:

@@ -8,44 +8,48 @@ from omni_ray.api import caller
 from omni_ray.api.wording import shown
 from omni_ray.errors import RequestError
 
-Fields = tuple[tuple[str, ...], int | None]
-"""What says how many tokens an answer may have, and how many it has where nothing does; None: as many as fit."""
-
-FIELDS: dict[str, Fields] = {
-    "/v1/chat/completions": (("max_completion_tokens", "max_tokens"), None),
-    "/v1/completions": (("max_tokens",), 16),
-    "/v1/responses": (("max_output_tokens",), None),
-    "/v1/messages": (("max_tokens",), None),
+FIELDS = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
 }
+"""What says how many tokens an answer may have; of two, vLLM reads the first that is there."""
+
+DEFAULTS = {"/v1/completions": 16}
+"""What it is where nothing says so; elsewhere as many as fit."""
+
+NEEDED = frozenset({"/v1/messages"})
+"""Where vLLM refuses a body without it."""
 
 
-def limit_answer(path: str, body: dict[str, Any]) -> bool:
-    """Hold a body against the ``max_tokens`` of the caller's key. One that leaves the length open gets it written in:
-    then this is true.
+def bound_of(path: str, body: dict[str, Any]) -> tuple[str, int] | None:
+    """The field that a body leaves open, and the most that it may be by the ``max_tokens`` of the caller's key; None
+    where there is no such limit, or the body keeps to it.
 
     Raises RequestError where it asks for more.
     """
     bounds = caller.limits()
     if bounds is None or bounds.max_tokens is None or path not in FIELDS:
-        return False
-    names, default = FIELDS[path]
-    num_answers = max(_whole(body, "n", 1), 1) * _num_prompts(body)
-    asked = {name: _whole(body, name, 0) for name in names if body.get(name) is not None}
-    if not asked and default is None and num_answers <= bounds.max_tokens:
-        body[names[0]] = bounds.max_tokens // num_answers
-        return True
-    for name, tokens in asked.items() or [(names[0], default or 1)]:
-        if num_answers * tokens > bounds.max_tokens:
-            times = f"{num_answers} x " if num_answers > 1 else ""
-            problem = f"{times}{tokens} tokens are more than the {bounds.max_tokens}"
-            raise RequestError(f"{name}: {problem} that the API key's max_tokens allows", param=name)
-    return False
+        return None
+    num = max(_whole(body, "n", 1), 1) * _num_prompts(body)
+    field = next((name for name in FIELDS[path] if body.get(name) is not None), None)
+    asked = 1 if field is None else _whole(body, field, 1)
+    if num * asked > bounds.max_tokens:
+        param = field or "n"
+        times = f"{num} x " if num > 1 else ""
+        problem = f"{times}{asked} tokens are more than the {bounds.max_tokens} that the API key's max_tokens allows"
+        raise RequestError(f"{param}: {problem}", param=param)
+    if field is not None or path in NEEDED:
+        return None
+    each = bounds.max_tokens // num
+    return FIELDS[path][0], min(each, DEFAULTS.get(path, each))
 
 
 def _num_prompts(body: dict[str, Any]) -> int:
-    """A completion may have several: a list of texts, or of lists of tokens."""
-    prompt = body.get("prompt")
-    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    """A completion may have several: lists of texts, of lists of tokens, or of embeddings."""
+    lists = [body[name] for name in ("prompt", "prompt_embeds") if isinstance(body.get(name), list)]
+    return max(1, sum(len(each) for each in lists if each and not isinstance(each[0], int)))
 
 
 def _whole(body: dict[str, Any], name: str, default: int) -> int:

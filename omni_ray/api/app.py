@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from omni_ray import __version__
 from omni_ray.api import audit
 from omni_ray.api.access import Access, Keys
-from omni_ray.api.answers import limit_answer
+from omni_ray.api.answers import bound_of
 from omni_ray.api.background import Background
 from omni_ray.api.body import model_name, parse_object, read_body
 from omni_ray.api.chat import chat_with_drawer
@@ -182,6 +182,6 @@ class Api:
         self, group: str, request: Request, raw: bytes, body: dict[str, Any], *, is_changed: bool
     ) -> Response:
         """A body that has not changed goes on as it came."""
-        if limit_answer(request.scope["path"], body) or is_changed:
-            raw = to_json(body, inf_nan_mode="constants")
-        return await self._forwarder.forward(group, request, raw)
+        bound = bound_of(request.scope["path"], body)
+        raw = to_json(body, inf_nan_mode="constants") if is_changed else raw
+        return await self._forwarder.forward(group, request, raw, bound)

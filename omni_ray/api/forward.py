@@ -51,9 +51,11 @@ class Forwarder:
         self._http = {group: handle.options(method_name="http", stream=True) for group, handle in handles.items()}
         self._directory = directory
 
-    async def forward(self, group: str, request: Request, body: bytes) -> Response:
+    async def forward(
+        self, group: str, request: Request, body: bytes, bound: tuple[str, int] | None = None
+    ) -> Response:
         """The replica's answer; as a stream if it is one, and then after its first piece."""
-        return await self.send(group, _message(request, body))
+        return await self.send(group, _message(request, body, bound))
 
     async def send(self, group: str, message: HttpRequest) -> Response:
         """As :meth:`forward`, for a request that is no client's."""
@@ -70,11 +72,11 @@ class Forwarder:
         return response
 
 
-def _message(request: Request, body: bytes) -> HttpRequest:
+def _message(request: Request, body: bytes, bound: tuple[str, int] | None) -> HttpRequest:
     query = f"?{request.url.query}" if request.scope["query_string"] else ""
     headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in request.scope["headers"]]
     kept = tuple([(n, v) for n, v in headers if n not in HOP_HEADERS | SECRET_HEADERS])
-    return HttpRequest(method=request.method, path=request.scope["path"] + query, headers=kept, body=body)
+    return HttpRequest(method=request.method, path=request.scope["path"] + query, headers=kept, body=body, bound=bound)
 
 
 def _raw(head: HttpHead) -> list[tuple[bytes, bytes]]:

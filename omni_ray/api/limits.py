@@ -135,20 +135,20 @@ def _size_problems(request: Generation, limits: dict[str, Any]) -> Problems:
 
 def _memory_problems(request: Generation, limits: dict[str, Any]) -> Problems:
     """Pictures or frames that are too many for their size."""
-    at_once, (width, height) = limits["max_pixels_at_once"], _size(request, limits)
-    if at_once is None or width * height > limits["max_pixels"]:
+    room, (width, height) = limits["room"], _size(request, limits)
+    if room is None or width * height > limits["max_pixels"]:
         return
-    num, frames = request.num_outputs, _frames(request, limits)
-    if frames * width * height > at_once:
+    num, frames, pixels = request.num_outputs, _frames(request, limits), width * height
+    each = max(frames, room["frames"]) * pixels  # a shorter video needs no less to be decoded
+    if frames * pixels > (all_frames := room["alone"] * room["frames"]):
         multiple = limits["frame_multiple"]
-        fit = (at_once // (width * height) - 1) // multiple * multiple + 1
-        problem = f"{frames} frames of {width} x {height} pixels are more than the {at_once} pixels"
+        fit = (all_frames // pixels - 1) // multiple * multiple + 1
+        problem = f"{frames} frames of {width} x {height} pixels are more than the {all_frames} pixels"
         yield "num_frames", f"{problem} that fit into memory at once; ask for {fit} at most"
-    elif num * frames * width * height > at_once:
-        problem = (
-            f"{num} x {width} x {height} pixels are more than the {at_once // frames} that fit into memory at once"
-        )
-        yield _count_field(request), f"{problem}; ask for {at_once // (frames * width * height)} at most"
+    elif num > 1 and num * each > room["together"] * room["frames"]:
+        fit = max(1, room["together"] * room["frames"] // each)
+        problem = f"{num} x {width} x {height} pixels are more than the {fit * pixels} that fit into memory at once"
+        yield _count_field(request), f"{problem}; ask for {fit} at most"
 
 
 def _frames(request: Generation, limits: dict[str, Any]) -> int:

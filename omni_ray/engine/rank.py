@@ -150,18 +150,20 @@ class Rank:
         from omni_ray.plan.fit import room_for
         from omni_ray.plan.inventory import local_inventory
 
-        room = room_for(self._group, self._source, local_inventory()) if device.type == "cuda" else None
+        if device.type != "cuda":
+            return capabilities
+        as_loaded = self._group.model_copy(update={"defaults": capabilities.defaults})
+        room = room_for(as_loaded, self._source, local_inventory())
         if room is None:
             return capabilities
-        if room.pixels < capabilities.max_pixels:
+        if room.alone < capabilities.max_pixels:
             logger.warning(
                 "%s: limits.max_pixels is %d, but no more than %d fit beside the weights; more is refused",
                 self._group.id,
                 capabilities.max_pixels,
-                room.pixels,
+                room.alone,
             )
-        largest = min(room.pixels, capabilities.max_pixels)
-        return dataclasses.replace(capabilities, max_pixels=largest, max_pixels_at_once=room.at_once)
+        return dataclasses.replace(capabilities, max_pixels=min(room.alone, capabilities.max_pixels), room=room)
 
     @property
     def _engine(self) -> EngineLoop:

@@ -116,7 +116,7 @@ def _dit_activations(group: DitGroup, parts: tuple[Part, ...], request: Request,
     vaes = [part.model for part in parts if isinstance(part.model, Autoencoder)]
     models = [part.model for part in parts if isinstance(part.model, Transformer)]
     forwards = [forward_bytes(group, model, request, width) for model in models]
-    decodes = [decode_bytes(group, vae, request, width) / decode_ranks(group, vae) for vae in vaes]
+    decodes = [decode_bytes(group, vae, request, width) for vae in vaes]
     transformers = [part.component.cls for part in parts if isinstance(part.model, Transformer)]
     if on_gpu and group.records_on_gpus and all(map(can_be_recorded, transformers)):
         return sum(forwards) + max([0.0, *decodes])
@@ -143,16 +143,16 @@ def forward_bytes(group: DitGroup, model: Transformer, request: Request, width: 
 
 
 def decode_bytes(group: DitGroup, vae: Autoencoder, request: Request, width: int) -> float:
+    """Of a rank, which decodes some rows of the picture, or of each tile, and keeps all tiles that were decoded."""
     tensors = DECODE_TENSORS
     if vae.temporal > 1:
         tensors = DECODE_TENSORS_OF_VIDEO if request.frames > 1 else DECODE_TENSORS_IN_TIME
-    pixels = request.width * request.height
-    if group.vae.slicing:  # of several images, which are planned as one of all their pixels, one at a time
-        pixels = min(pixels, group.limits.max_pixels)
-    if not group.vae.tiling or max(request.width, request.height) <= vae.tile:
-        return pixels * vae.peak_channels * width * tensors
-    tile = min(request.width, vae.tile) * min(request.height, vae.tile)
-    return (tile * vae.peak_channels * tensors + pixels * request.frames * TILED_CHANNELS) * width
+    pixels, at_once, kept = request.width * request.height, 1 if group.vae.slicing else request.pictures, 0.0
+    decoded = min(pixels, group.limits.max_pixels) if group.vae.slicing else pixels
+    if group.vae.tiling and max(request.width, request.height) > vae.tile:
+        tile = min(request.width, vae.tile) * min(request.height, vae.tile)
+        decoded, kept = min(decoded, at_once * tile), pixels * request.frames * TILED_CHANNELS
+    return (decoded * vae.peak_channels * tensors / decode_ranks(group, vae) + kept) * width
 
 
 def _workspace(num_ranks: int, on_gpu: bool) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from omni_ray.config.spec import ArGroup, DitGroup, OmniSpec, Pipeline
 from omni_ray.errors import ConfigError
+from omni_ray.messages import Room
 from omni_ray.plan.autoencoders import Autoencoder, autoencoder
 from omni_ray.plan.cards import Card
 from omni_ray.plan.checkpoint import Checkpoint, read_checkpoint
@@ -36,9 +37,8 @@ class Need:
     tokens_per_s: float | None = None
     largest: Request | None = None
     """The largest request that ``limits`` allow, where memory does not allow it."""
-    safe_pixels: int | None = None
-    """Pixels of all pictures of the largest request that fits, with the default number of frames; None: all that
-    ``limits`` allow."""
+    room: Room | None = None
+    """What fits, with the default number of frames; None: all that ``limits`` allow."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _notes(
             f"{axes} does not stay inside a node, which has {placement.ranks_per_node} of the ranks: every layer waits "
             f"for the network; lower it, and let {instead} span nodes"
         )
-    if need and need.largest:
-        change = f"set limits.max_pixels to {need.safe_pixels}"
-        if need.request and need.request.frames > 1:
-            fits = f"{need.safe_pixels} pixels with {need.request.frames} frames"
+    if need and need.largest and need.room:
+        change = f"set limits.max_pixels to {need.room.alone}"
+        if need.room.frames > 1:
+            fits = f"{need.room.alone} pixels with {need.room.frames} frames"
             change = f"{fits} do: lower limits.max_pixels or limits.max_frames"
         yield f"limits allow {need.largest}, which does not fit beside the weights; {change}"
 
@@ -183,19 +183,24 @@ def need_of(group: ArGroup | DitGroup, checkpoint: Checkpoint, node: Node, place
     request = default_request(group, checkpoint, vae)
     memory = dit_memory(group, parts, request, budget, on_gpu)
     estimate = dit_seconds(group, parts, request, node.card) if on_gpu and node.card else None
-    most, most_frames = group.limits.max_pixels, group.limits.max_frames if request.frames > 1 else 1
+    most, outputs = group.limits.max_pixels, group.limits.max_outputs
+    longest = group.limits.max_frames if request.frames > 1 else 1
 
-    def fits(num_pixels: int, frames: int) -> bool:
-        return dit_memory(group, parts, square(request, vae, num_pixels, frames), budget, on_gpu).fits
+    def fits(num_pixels: int, frames: int, pictures: int) -> bool:
+        asked = square(request, vae, num_pixels, frames, pictures)
+        return dit_memory(group, parts, asked, budget, on_gpu).fits
 
-    if not memory.fits or fits(most * group.limits.max_outputs, most_frames):
+    def most_pixels(pictures: int) -> int:
+        steps = range(1, PARTS * pictures + 1)
+        num = bisect.bisect_left(steps, True, key=lambda step: not fits(most * step // PARTS, request.frames, pictures))
+        found = square(request, vae, most * num // PARTS, request.frames)
+        return max(found.width * found.height, request.width * request.height)
+
+    if not memory.fits or (fits(most, longest, 1) and fits(most * outputs, longest, outputs)):
         return Need(memory, request, estimate)
-    several = range(1, PARTS * group.limits.max_outputs + 1)  # several images are as much as one of all their pixels
-    num_fit = bisect.bisect_left(several, True, key=lambda part: not fits(most * part // PARTS, request.frames))
-    safe = square(request, vae, most * num_fit // PARTS, request.frames)
-    pixels = max(safe.width * safe.height, request.width * request.height)
-    largest = None if fits(most, most_frames) else square(request, vae, most, most_frames)
-    return Need(memory, request, estimate, largest=largest, safe_pixels=pixels)
+    room = Room(most_pixels(1), most_pixels(outputs), request.frames)
+    largest = None if fits(most, longest, 1) else square(request, vae, most, longest)
+    return Need(memory, request, estimate, largest=largest, room=room)
 
 
 def _too_large(index: int, group: ArGroup | DitGroup, memory: Memory, card: Card | None) -> Refusal:

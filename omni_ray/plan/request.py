@@ -25,6 +25,8 @@ class Request:
     text_tokens: int
     patch: int = 2
     """Latents along an edge that are one token of the transformer."""
+    pictures: int = 1
+    """What is asked for at once: their pixels are one picture's here, as they need about the same."""
 
     def __str__(self) -> str:
         size = f"{self.width}x{self.height}"
@@ -95,8 +97,8 @@ def resize(request: Request, vae: Autoencoder, width: int, height: int, frames: 
     return dataclasses.replace(request, width=width, height=height, frames=frames, image_tokens=tokens)
 
 
-def square(request: Request, vae: Autoencoder, num_pixels: int, frames: int) -> Request:
-    """The request for a square of ``num_pixels``."""
+def square(request: Request, vae: Autoencoder, num_pixels: int, frames: int, pictures: int = 1) -> Request:
+    """The request for a square of ``num_pixels``, or for so many pictures that are as large together."""
     edge = request.patch * vae.spatial
     side = max(edge, math.isqrt(num_pixels) // edge * edge)
-    return resize(request, vae, side, side, frames)
+    return dataclasses.replace(resize(request, vae, side, side, frames), pictures=pictures)

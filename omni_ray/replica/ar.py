@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic_core import from_json, to_json
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.util import placement_group_table
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "loading weights", "ready", "failed"]
-WATCH_INTERVAL_S = 0.5
-LAST_ANSWERS_S = 1.0
+WATCH_INTERVAL_S = 0.2
+LAST_ANSWERS_S = 0.5
 
 
 class ArReplica:
@@ -58,7 +60,7 @@ class ArReplica:
         """
         app = await asyncio.shield(self._loading)
         self._check_engine()
-        exchange = Exchange(app, request)
+        exchange = Exchange(app, self._bounded(request))
         try:
             head = await exchange.head()
             self._check_engine()
@@ -67,6 +69,15 @@ class ArReplica:
                 yield piece
         finally:
             exchange.close()
+
+    def _bounded(self, request: HttpRequest) -> HttpRequest:
+        """With the length of its answers written in, where the request leaves it open and somebody bounds it."""
+        if request.bound is None:
+            return request
+        assert self._vllm is not None
+        field, tokens = request.bound
+        body = from_json(request.body) | {field: min(tokens, self._vllm.max_answer_tokens)}
+        return dataclasses.replace(request, body=to_json(body, inf_nan_mode="constants"))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`omni_ray.replica.scaling.ByTokens` decides by."""

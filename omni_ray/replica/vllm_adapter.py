@@ -100,6 +100,13 @@ class Vllm:
         return bool(self._llm.errored)
 
     @property
+    def max_answer_tokens(self) -> int:
+        """The most that a request may ask for: the model's length, or what its generation config says."""
+        model = self._llm.model_config
+        longest: int = model.max_model_len
+        return min(longest, model.get_diff_sampling_param().get("max_tokens") or longest)
+
+    @property
     def num_unfinished_requests(self) -> int:
         return int(self._llm.output_processor.get_num_unfinished_requests())
 

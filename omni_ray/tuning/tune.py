@@ -121,9 +121,10 @@ class _Walk:
 
     def combine(self) -> None:
         """The best of each stage together; while that is too unlike, without the stage that costs the most likeness."""
-        chosen = [
-            row for stage in ("compilation", "parallelism", "caches", "quantization") if (row := self._best_of(stage))
-        ]
+        axes = self._best_of("parallelism")
+        fused = not (axes and "tensor" in axes.levers["parallel"])  # which fused projections cannot go with
+        found = [self._best_of("compilation", fused=fused), axes, *map(self._best_of, ("caches", "quantization"))]
+        chosen = [row for row in found if row]
         while len(chosen) > 1:
             levers: Levers = {}
             for row in chosen:
@@ -135,9 +136,11 @@ class _Walk:
         good = [row for row in self._tuning.rows if row.measured and row.psnr >= self._tuning.floor_psnr]
         self._tuning.best = max(good, key=lambda row: row.speed_up)
 
-    def _best_of(self, stage: str) -> Row | None:
+    def _best_of(self, stage: str, *, fused: bool = True) -> Row | None:
+        """``fused``: the projections may be."""
         floor = self._tuning.floor_psnr
         rows = [row for row in self._tuning.rows if row.stage == stage and row.measured and row.psnr >= floor]
+        rows = [row for row in rows if fused or "fused_qkv" not in row.levers.get("attention", {})]
         best = max(rows, key=lambda row: row.speed_up, default=None)
         return best if best and best.speed_up >= MIN_GAIN else None
 

@@ -4,6 +4,7 @@ module, on a tiny checkpoint."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import logging.handlers
@@ -319,6 +320,20 @@ async def test_several_nodes_are_rays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(vllm_adapter.current_platform), "is_cpu", lambda self: False)
     args = vllm_adapter.serve_args(spread, "/somewhere")
     assert (args.distributed_executor_backend, args.tensor_parallel_size) == ("ray", 2)
+
+
+async def test_an_open_length_is_bounded(replica: ArReplica) -> None:
+    async def num_tokens(most: int, **body: Any) -> int:
+        request = http_request("POST", CHAT, {"model": "tiny:exact", "messages": MESSAGES, **body})
+        items = replica.http(dataclasses.replace(request, bound=("max_completion_tokens", most)))
+        head, *pieces = [item async for item in items]
+        assert isinstance(head, HttpHead)
+        assert head.status == 200, pieces
+        return int(json.loads(b"".join(pieces))["usage"]["completion_tokens"])  # type: ignore[arg-type]
+
+    assert await num_tokens(5, ignore_eos=True) == 5
+    schema = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT, "strict": True}}
+    assert await num_tokens(10**6, response_format=schema) < 2048
 
 
 async def test_a_dead_rank_makes_the_replica_unavailable(replica: ArReplica) -> None:

@@ -220,21 +220,24 @@ async def test_a_key_has_its_size(cluster: Cluster, keys_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "sent"),
+    ("path", "body", "bound"),
     [
-        (CHAT, HELLO, {"max_completion_tokens": 100}),
-        (CHAT, HELLO | {"n": 3}, {"max_completion_tokens": 33}),
-        (CHAT, HELLO | {"max_tokens": 100}, {}),
-        ("/v1/completions", {"model": "m", "prompt": ["a", "b"]}, {}),  # 16 tokens each, where nothing is said
-        ("/v1/embeddings", {"model": "m", "input": "a"}, {}),
+        (CHAT, HELLO, ("max_completion_tokens", 100)),
+        (CHAT, HELLO | {"n": 3}, ("max_completion_tokens", 33)),
+        (CHAT, HELLO | {"max_tokens": 100}, None),
+        (CHAT, HELLO | {"max_tokens": 4000, "max_completion_tokens": 50}, None),
+        ("/v1/completions", {"model": "m", "prompt": ["a", "b"]}, ("max_tokens", 16)),
+        ("/v1/completions", {"model": "m", "prompt": list("abcdefghij")}, ("max_tokens", 10)),
+        ("/v1/messages", HELLO, None),  # where vLLM wants it to be said
+        ("/v1/embeddings", {"model": "m", "input": "a"}, None),
     ],
 )
 async def test_a_key_has_its_tokens(
-    path: str, body: dict[str, Any], sent: dict[str, int], cluster: Cluster, keys_file: Path
+    path: str, body: dict[str, Any], bound: Any, cluster: Cluster, keys_file: Path
 ) -> None:
     write_keys(keys_file, bob=(BOB, {"max_tokens": 100}))
     assert (await client(cluster, BOB, keys_file=str(keys_file)).post(path, json=body)).status_code == 200
-    assert json.loads(cluster.requests[0].body) == body | sent
+    assert (json.loads(cluster.requests[0].body), cluster.requests[0].bound) == (body, bound)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +246,9 @@ async def test_a_key_has_its_tokens(
         (CHAT, HELLO | {"max_tokens": 101}, "max_tokens"),
         (CHAT, HELLO | {"max_tokens": 51, "n": 2}, "max_tokens"),
         (CHAT, HELLO | {"max_tokens": 5, "max_completion_tokens": 101}, "max_completion_tokens"),
-        (CHAT, HELLO | {"n": 101}, "max_completion_tokens"),
+        (CHAT, HELLO | {"n": 101}, "n"),
         (CHAT, HELLO | {"max_tokens": "101"}, "max_tokens"),
-        ("/v1/completions", {"model": "m", "prompt": list("abcdefg")}, "max_tokens"),
+        ("/v1/completions", {"model": "m", "prompt_embeds": ["a", "b"], "max_tokens": 51}, "max_tokens"),
         ("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 101}, "max_output_tokens"),
     ],
 )

@@ -23,7 +23,7 @@ LIMITS = {
     "size_multiple": 16,
     "frame_multiple": 1,
     "max_pixels": 512 * 512,
-    "max_pixels_at_once": None,
+    "room": None,
     "max_steps": 50,
     "max_outputs": 4,
     "max_frames": 1,
@@ -61,7 +61,7 @@ def chat(*content: Any, **fields: Any) -> ChatRequest:
 
 
 def test_as_many_images_as_fit_into_memory_at_once() -> None:
-    limits = LIMITS | {"max_pixels_at_once": 3 * 256 * 256}
+    limits = LIMITS | {"room": {"alone": 512 * 512, "together": 3 * 256 * 256, "frames": 1}}
     assert job_of(limits, n=3).num_outputs == 3
     problem = "n: 4 x 256 x 256 pixels are more than the 196608 that fit into memory at once; ask for 3 at most"
     with pytest.raises(RequestError, match=problem):
@@ -70,15 +70,20 @@ def test_as_many_images_as_fit_into_memory_at_once() -> None:
 
 def test_as_many_frames_as_fit_into_memory_at_once() -> None:
     own = {"fields": [*LIMITS["fields"], "num_frames"], "defaults": LIMITS["defaults"] | {"num_frames": 5}}
-    limits = VIDEO_LIMITS | own | {"max_pixels_at_once": 10 * 256 * 256}
+    room = {"alone": 2 * 256 * 256, "together": 3 * 256 * 256, "frames": 5}
+    limits = VIDEO_LIMITS | own | {"room": room}
     assert job_of(limits, num_frames=9, size="256x256").params["num_frames"] == 9
     problem = "num_frames: 13 frames of 256 x 256 pixels are more than the 655360 pixels .*; ask for 9 at most"
     with pytest.raises(RequestError, match=problem):
         job_of(limits, num_frames=13, size="256x256")
     assert job_of(limits, num_frames=13, size="128x128").params["num_frames"] == 13
-    problem = "n: 3 x 256 x 256 pixels are more than the 131072 that fit into memory at once; ask for 2 at most"
-    with pytest.raises(RequestError, match=problem):
-        job_of(limits, n=3, size="256x256")
+    assert job_of(limits, n=3, size="256x256").num_outputs == 3
+    problem = "n: 4 x 256 x 256 pixels are more than the 196608 that fit into memory at once; ask for 3 at most"
+    for frames in (1, 5):  # short ones need no less to be decoded
+        with pytest.raises(RequestError, match=problem):
+            job_of(limits, n=4, size="256x256", num_frames=frames)
+    with pytest.raises(RequestError, match=r"n: 3 x 256 x 256 pixels are more than the 65536 .*; ask for 1 at most"):
+        job_of(limits, n=3, size="256x256", num_frames=9)
 
 
 def test_a_request_becomes_a_job() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import attention_backend
+from diffusers import LTXVideoTransformer3DModel, attention_backend
 
 from omni_ray.accel.apply import accelerate
 from omni_ray.accel.attention import apply_attention
@@ -81,8 +81,16 @@ def test_fused_projections_draw_the_same(
 
 
 def test_projections_that_cannot_be_fused_are_refused(tiny_folder: Any) -> None:
-    with pytest.raises(ConfigError, match=r"QwenImageTransformer2DModel\) has no projections that can be fused"):
+    with pytest.raises(ConfigError, match=r"QwenImageTransformer2DModel\) has no projections to fuse"):
         fuse_projections(load(tiny_folder("qwen_image")), Attention(fused_qkv=True))
+    pipe = load(tiny_folder("flux"))
+    pipe.transformer.is_quantized = True
+    with pytest.raises(ConfigError, match="transformer is quantized in its checkpoint"):
+        fuse_projections(pipe, Attention(fused_qkv=True))
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 1}
+    pipe.register_modules(transformer=LTXVideoTransformer3DModel(**config, caption_channels=16))
+    with pytest.raises(ConfigError, match=r"LTXVideoTransformer3DModel\) has no projections to fuse"):
+        fuse_projections(pipe, Attention(fused_qkv=True))
 
 
 def test_blocks_are_compiled_on_gpus_unless_the_spec_says() -> None:

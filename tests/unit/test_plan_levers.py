@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from omni_ray.config.spec import DitGroup, OmniSpec
-from omni_ray.plan.fit import Room, room_for
+from omni_ray.messages import Room
+from omni_ray.plan.fit import room_for
 from omni_ray.plan.fixes import find_fixes
 from omni_ray.plan.inventory import parse_inventory
 from omni_ray.plan.plan import Need, make_plan
@@ -91,8 +92,7 @@ def room_on(card: str, source: str, **blocks: Any) -> Room | None:
 def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
     def largest(card: str, **blocks: Any) -> int | None:
         room = room_on(card, QWEN, **blocks)
-        assert room is None or room.at_once == room.pixels
-        return room and room.pixels
+        return room and room.together
 
     limits = {"limits": {"max_pixels": 8192 * 8192}}
     assert largest("1xH200-141G", limits={"max_outputs": 1}) is None
@@ -107,17 +107,27 @@ def test_the_largest_request_that_fits_is_known_to_the_replica() -> None:
     quantized = largest("1xH100-80G", quantization={"kind": "int8"}, **limits)
     assert quantized
     assert quantized > small
-    tiled = largest("1xH100-80G", vae={"tiling": True}, **limits)
-    assert tiled
-    assert tiled > 2 * small
     assert room_on("1xH100-80G", "/nowhere") is None
+
+
+def test_tiles_make_room_for_one_picture_and_slices_for_several() -> None:
+    def room(**vae: bool) -> tuple[int, int]:
+        found = room_on("1xH100-80G", QWEN, vae=vae, limits={"max_pixels": 8192 * 8192, "max_outputs": 10_000})
+        assert found
+        return found.alone, found.together
+
+    whole, tiled, sliced, both = room(), room(tiling=True), room(slicing=True), room(tiling=True, slicing=True)
+    assert whole[0] == whole[1] == sliced[0]
+    assert tiled[0] > 2 * whole[0]
+    assert tiled[1] <= whole[1]  # ten thousand small ones are no larger than a tile
+    assert both[0] == both[1] == tiled[0]
 
 
 def test_a_video_may_be_longer_or_larger() -> None:
     room = room_on("1xL40S-48G", WAN, offload={"kind": "sequential"})
     assert room
-    assert room.at_once == 81 * room.pixels
-    assert 832 * 480 <= room.pixels < 2048**2
+    assert (room.together, room.frames) == (room.alone, 81)
+    assert 832 * 480 <= room.alone < 2048**2
 
 
 @pytest.mark.parametrize(

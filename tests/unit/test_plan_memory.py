@@ -6,6 +6,7 @@ is not in it, and attention counts as one that needs no scores.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,11 @@ def new(*shape: int) -> torch.Tensor:
 
 def request(image: int, text: int, frames: int = 1, width: int = 1024, height: int = 1024) -> Request:
     return Request(width, height, frames, 1, 1, image, text)
+
+
+def three(asked: Request) -> Request:
+    """Three pictures of the size, as a plan reckons with them."""
+    return dataclasses.replace(asked, height=3 * asked.height, image_tokens=3 * asked.image_tokens, pictures=3)
 
 
 GROUP = DitGroup.model_validate({"name": "x", "type": "dit", "source": "x", "batching": {"max_num_batched_tokens": 1}})
@@ -204,6 +210,11 @@ def test_decode_in_tiles(cls: Any, config: dict[str, Any], latent: tuple[int, ..
     tiled = GROUP.model_copy(update={"vae": Vae(tiling=True)})
     assert memory.decode_bytes(tiled, known, asked, 2) == pytest.approx(peak, rel=0.1)
     assert peak < memory.decode_bytes(GROUP, known, asked, 2) / 2
+    vae.use_slicing = True
+    several = latent[0] * 3, *latent[1:]
+    peak = measured(vae, lambda vae: vae.decode(new(*several)))
+    sliced = tiled.model_copy(update={"vae": Vae(tiling=True, slicing=True)})
+    assert memory.decode_bytes(sliced, known, three(asked), 2) == pytest.approx(peak, rel=0.2)
 
 
 def test_ranks_share_a_decode_where_the_engine_can_split_it() -> None:
