@@ -27,6 +27,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("int8 in demo-video", {"demo-video": {"quantization": {"kind": "int8"}}}),
     ("half the context in demo-chat", {"demo-chat": {"engine_args": CHAT_ENGINE | {"max_model_len": 1024}}}),
 ]
+LONGEST_S = 900
 NUM_REPLICAS = {"demo-chat": 2, "demo-image": 2, "demo-video": 2}
 
 
@@ -52,10 +53,9 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
     for title, change in CHANGES:
         time.sleep(10)
         changed |= change
-        began, before = time.monotonic(), len(traffic.outcomes)
+        began, before, old = time.monotonic(), len(traffic.outcomes), striker.replicas()
         nodes.deploy(write(folder / "omni.yaml", folder / "jobs", change=changed))
-        wait_for_the_change(striker)
-        striker.wait_until_whole(NUM_REPLICAS)
+        wait_until_anew(striker, old)
         seconds = time.monotonic() - began
         print(
             f"{title}: rolled through in {seconds:.0f} s, {len(traffic.outcomes) - before} requests meanwhile",
@@ -67,13 +67,13 @@ def run(nodes: Cluster, folder: Path, num_requests: int) -> None:
     report(traffic.outcomes)
 
 
-def wait_for_the_change(striker: Striker) -> None:
-    """Ray Serve builds the application before it touches a replica."""
-    deadline = time.monotonic() + 60
-    while striker.is_whole(NUM_REPLICAS):
+def wait_until_anew(striker: Striker, old: set[int]) -> None:
+    """Wait until all replicas run and none of the ``old`` processes is among them."""
+    deadline = time.monotonic() + LONGEST_S
+    while old & striker.replicas() or not striker.is_whole(NUM_REPLICAS):
         if time.monotonic() > deadline:
-            raise SystemExit("nothing has changed")
-        time.sleep(0.2)
+            raise SystemExit(f"not rolled through after {LONGEST_S} s")
+        time.sleep(0.5)
 
 
 def report(outcomes: list[Outcome]) -> None:

@@ -134,6 +134,10 @@ class Striker:
                     continue
         return found
 
+    def replicas(self) -> set[int]:
+        """The processes of all models' replicas."""
+        return {process.pid for _, process in self._find("ray::ServeReplica:omni:demo-")}
+
     def look_after(self) -> None:
         """Start the nodes anew that have been down for a while, whether they were struck or gave up by themselves."""
         for node in self._cluster.nodes:

@@ -34,10 +34,10 @@ def fuse_projections(pipe: DiffusionPipeline, spec: Attention) -> None:
         kind = type(transformer).__name__
         if is_quantized(transformer):
             raise ConfigError(f"attention.fused_qkv: {name} is quantized in its checkpoint; remove the key")
-        modules: list[Any] = [each for each in transformer.modules() if kind in FAMILIES and _can_be_fused(each)]
-        if not modules:
+        family = FAMILIES.get(kind)
+        if family is None or not family.has_fused_qkv:
             raise ConfigError(f"attention.fused_qkv: {name} ({kind}) has no projections to fuse; remove the key")
-        for module in modules:
+        for module in _fusible(transformer):
             module.fuse_projections()
             for fused in SEPARATE.keys() & dict(module.named_children()).keys():
                 for separate in SEPARATE[fused]:
@@ -47,5 +47,6 @@ def fuse_projections(pipe: DiffusionPipeline, spec: Attention) -> None:
                         delattr(module, separate)
 
 
-def _can_be_fused(module: nn.Module) -> bool:
-    return isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion
+def _fusible(transformer: nn.Module) -> list[Any]:
+    modules = [each for each in transformer.modules() if isinstance(each, AttentionModuleMixin)]
+    return [each for each in modules if each._supports_qkv_fusion]

@@ -90,6 +90,9 @@ class Family:
     can_be_recorded: bool = True
     """Whether its forward neither reads from the device nor copies to it, which no CUDA graph can hold."""
 
+    has_fused_qkv: bool = False
+    """Whether diffusers can make its queries, keys and values by one matrix product."""
+
     @property
     def has_no_curve(self) -> bool:
         return self.teacache_coefficients == (1.0, 0.0)
@@ -124,6 +127,7 @@ def _z_image_block(layers: str) -> dict[str, Style]:
 
 FLUX = Family(
     "FluxTransformer2DModel",
+    has_fused_qkv=True,
     sequence=SequencePlan(
         {"transformer_blocks.*.attn": TEXT_IMAGE, "single_transformer_blocks.*.attn": TEXT_IMAGE},
         processors=("FluxAttnProcessor",),
@@ -142,6 +146,7 @@ FLUX = Family(
 
 FLUX2 = Family(
     "Flux2Transformer2DModel",
+    has_fused_qkv=True,
     sequence=SequencePlan(
         {"transformer_blocks.*.attn": TEXT_IMAGE, "single_transformer_blocks.*.attn": TEXT_IMAGE},
         processors=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
@@ -226,6 +231,7 @@ SD3 = Family(
 
 WAN = Family(
     "WanTransformer3DModel",
+    has_fused_qkv=True,
     sequence=SequencePlan(
         {"blocks.*.attn1": SELF},
         processors=("WanAttnProcessor",),
@@ -259,6 +265,7 @@ _HELIOS_TAIL = "original_context_length"
 
 HELIOS = Family(
     "HeliosTransformer3DModel",
+    has_fused_qkv=True,
     sequence=SequencePlan(
         {"blocks.*.attn1": ("history", "hidden_states")},
         processors=("HeliosAttnProcessor",),

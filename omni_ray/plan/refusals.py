@@ -67,7 +67,7 @@ def group_refusals(index: int, group: ArGroup | DitGroup, checkpoint: Checkpoint
 
 
 def _levers(group: DitGroup, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Caches that do not know the transformers, and components that are not there: key and message."""
+    """What the transformers cannot do, and components that are not there: key and message."""
     names = {part.name for part in checkpoint.components}
     for key, chosen in (("components", group.quantization.components or ()), ("files", group.quantization.files)):
         if unknown := sorted(set(chosen) - names):
@@ -80,6 +80,8 @@ def _levers(group: DitGroup, checkpoint: Checkpoint) -> Iterator[tuple[str, str]
             yield "cache.kind", f"TeaCache does not know {cls}, but {known}; set kind: cache_dit or none"
         if group.cache.kind in ("cache_dit", "both") and family and not family.has_cache_dit:
             yield "cache.kind", f"cache-dit has no adapter for {cls}; set kind: teacache or none"
+        if group.attention.fused_qkv and not (family and family.has_fused_qkv):
+            yield "attention.fused_qkv", f"{cls} has no projections to fuse; remove the key"
 
 
 def _with_heads(part: Component) -> dict[str, Any]:

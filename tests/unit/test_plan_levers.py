@@ -143,6 +143,7 @@ def test_a_video_may_be_longer_or_larger() -> None:
             {"quantization": {"kind": "int8", "components": ["text_encodr"]}},
             "has no text_encodr",
         ),
+        (QWEN, {"attention": {"fused_qkv": True}}, "QwenImageTransformer2DModel has no projections to fuse"),
         ("tencent/HunyuanImage-3.0", {"cache": {"kind": "teacache"}}, "set type: ar"),
     ],
 )
