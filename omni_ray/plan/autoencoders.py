@@ -55,7 +55,8 @@ def autoencoder(config: Config) -> Autoencoder:
         known = _shuffled(config)
     else:
         known = _image({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
-    tile = config.get("sample_size", TILES.get(cls, 256))
+    tile = config.get("sample_size") or TILES.get(cls, 256)
+    tile = tile if isinstance(tile, int) else tile[0]  # it may be height and width, of which diffusers takes the first
     return dataclasses.replace(known, has_rows=cls in SPLIT_BY_ROWS, tile=tile)
 
 
