@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-INTERVAL_S = 0.5
+INTERVAL_S = 0.25
 STOPPED = b"T"
 TITLES = (
     b"ray::Rank",
