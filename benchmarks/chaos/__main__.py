@@ -56,14 +56,14 @@ def run(nodes: Cluster, folder: Path, args: argparse.Namespace) -> None:
     striker.wait_until_whole(num_replicas)
     traffic = Traffic(striker.addresses, args.pause, args.models)
     right = traffic.reference()
-    before = set(traffic.stored_jobs())
+    before = traffic.stored_jobs()
     print(HEAD.split("  in flight")[0], flush=True)
     traffic.start()
     began = time.monotonic()
     faults = strike_all(striker, args, num_replicas)
     traffic.stop()
     striker.wait_until_whole(num_replicas)
-    stored = [job_id for job_id in traffic.stored_jobs() if job_id not in before]
+    stored = traffic.stored_jobs() - before
     costs = tolls(faults, traffic.outcomes)
     print(table(faults, costs))
     told = {"seconds": round(time.monotonic() - began), "faults": by_kind(faults, costs)}

@@ -91,9 +91,7 @@ def by_kind(faults: Sequence[Fault], costs: Sequence[Toll]) -> dict[str, str]:
     return told
 
 
-def summary(
-    outcomes: Sequence[Outcome], right: dict[tuple[str, int], bytes], stored: Sequence[str]
-) -> dict[str, object]:
+def summary(outcomes: Sequence[Outcome], right: dict[tuple[str, int], bytes], stored: set[str]) -> dict[str, object]:
     """What the clients saw. ``stored`` are the jobs of the store that were made for ``outcomes``."""
     pairs = [(each, each.answer) for each in outcomes if each.answer is not None]
     wrong = [each for each, answer in pairs if not same(answer, right[each.kind.name, each.variant])]
@@ -104,7 +102,7 @@ def summary(
         "errors": dict(Counter(error for each in outcomes for _, error in each.errors)),
         "retries": dict(Counter(what for each in outcomes for _, what in each.retries)),
         "other answers than without faults": dict(Counter(each.kind.name for each in wrong)),
-        "jobs that no client knows of": len(set(stored) - told),
+        "jobs that no client knows of": len(stored - told),
         "jobs that two requests share": sum(len(set(each.job_ids)) for each in outcomes) - len(told),
         "steps computed again": sum(num for each in outcomes for _, num in each.steps_again),
         "slowest s": {

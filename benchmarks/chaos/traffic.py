@@ -194,13 +194,13 @@ class Traffic:
             outcome.fail(f"{reply.status_code} {method} {path}: {reply.text[:300]}")
         return reply
 
-    def stored_jobs(self) -> list[str]:
+    def stored_jobs(self) -> set[str]:
         """The ids of all jobs that the server has."""
-        found, after = list[str](), dict[str, str]()
+        found, after = set[str](), dict[str, str]()
         while True:
             query = {"limit": "100", **after}
             page = httpx.get(f"{self._addresses()[0]}/v1/jobs", params=query, timeout=30, trust_env=False).json()
-            found += [job["id"] for job in page["data"]]
+            found |= {job["id"] for job in page["data"]}
             if not page["has_more"]:
                 return found
             after = {"after": page["last_id"]}

@@ -58,9 +58,9 @@ def accelerate(
     warnings = apply_attention(pipe, group.attention, device, pipe.dtype)
     shards = [Ranks.of(mesh, dim) for dim in ("ring", "ulysses") if getattr(group.parallel, dim) > 1] if mesh else []
     teacache, cache_dit = apply_cache(pipe, group.cache, shards)
-    if mesh is not None and cache_dit is not None:
-        cache_dit.compare_within(group_of(parts_of(mesh)))
     if mesh is not None:
+        if cache_dit is not None:
+            cache_dit.compare_within(group_of(parts_of(mesh)))
         apply_parallel(pipe, group.parallel, mesh)
         if group.parallel.vae == "auto":
             split_decode(pipe)

@@ -38,8 +38,9 @@ def apply_quantization(pipe: DiffusionPipeline, spec: DitQuantization, device: t
     for name, module in _components(pipe, spec).items():
         if is_quantized(module):
             raise ConfigError(f"quantization.kind {spec.kind!r}: {name} is quantized in its checkpoint; set kind: none")
-        paths += [path for path, _ in _linears(module)]
-        linears = {path: linear for path, linear in _linears(module) if not _matches(path, spec.skip)}
+        found = dict(_linears(module))
+        paths += found
+        linears = {path: linear for path, linear in found.items() if not _matches(path, spec.skip)}
         others = {str(linear.weight.dtype) for linear in linears.values()} - {str(torch.bfloat16)}
         if others and spec.kind != "int8":
             raise ConfigError(

@@ -53,7 +53,7 @@ def encode_preview(output: Any, job: Job) -> Iterator[Media]:
     """The first image of a pipeline's output, or the first frame, at the size that the job asks for."""
     image = output.images[0] if getattr(output, "frames", None) is None else output.frames[0][0]
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = Image.fromarray(eight_bits(np.asarray(image)))
     size = job.params.get("width", image.width), job.params.get("height", image.height)
     format = "jpeg" if job.format == "mp4" else job.format
     data = encode_image(image.resize(size), format, min(job.compression, PREVIEW_QUALITY))
@@ -72,7 +72,7 @@ def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
     """H.264 in MP4 from frames ``[F, H, W, 3]``, uint8 or float in 0..1."""
     import av
 
-    frames = _eight_bits(frames)
+    frames = eight_bits(frames)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)
@@ -83,7 +83,7 @@ def encode_video(frames: np.ndarray, fps: int = FPS) -> bytes:
     return buffer.getvalue()
 
 
-def _eight_bits(colours: np.ndarray) -> np.ndarray:
+def eight_bits(colours: np.ndarray) -> np.ndarray:
     """Colours of 0..255 from such, or from floats of 0..1."""
     return colours if colours.dtype == np.uint8 else (colours.clip(0, 1) * 255).round().astype(np.uint8)
 

@@ -18,6 +18,7 @@ from omni_ray.accel.apply import Accelerators, accelerate
 from omni_ray.accel.loader import Progress, load_pipeline, read_parts, resolve
 from omni_ray.config.spec import Batching, DitGroup
 from omni_ray.engine.loop import EngineLoop
+from omni_ray.engine.media import eight_bits
 from omni_ray.errors import EngineFailed
 from omni_ray.messages import Failure, Job, Usage
 from omni_ray.sources import resolve_source
@@ -108,5 +109,4 @@ def _pixels(output: Any) -> Any:
     """The first image [height, width, 3] or video [frames, height, width, 3]."""
     if (frames := getattr(output, "frames", None)) is None:
         return np.asarray(output.images[0])
-    clip = np.stack([np.asarray(frame) for frame in frames[0]])
-    return clip if clip.dtype == np.uint8 else (clip.clip(0, 1) * 255).round().astype(np.uint8)
+    return eight_bits(np.stack([np.asarray(frame) for frame in frames[0]]))
