@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--dummy", action="store_true", help="random weights")
     parser.add_argument("--max-concurrency", nargs="+", default=["1", "64", "256"])
     parser.add_argument("--output-len", default="128")
+    parser.add_argument("--mode", nargs="+", choices=("streamed", "plain"), default=["streamed", "plain"])
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--images", type=int, default=4)
@@ -88,9 +89,10 @@ def compare_ar(args: argparse.Namespace) -> None:
 def _load_chat(args: argparse.Namespace, side: str, command: list[str]) -> list[dict[str, Any]]:
     url, rows = f"http://127.0.0.1:{PORTS[side]}", Path(tempfile.mkstemp(suffix=".jsonl")[1])
     with _Running(command, url + ("/ready" if side == "omni_ray" else "/health")):
-        for seed, (mode, concurrency) in enumerate(itertools.product(([], ["--plain"]), args.max_concurrency)):
+        for seed, (mode, concurrency) in enumerate(itertools.product(args.mode, args.max_concurrency)):
+            flags = ["--plain"] if mode == "plain" else []
             load = ["--max-concurrency", concurrency, "--num-prompts", str(max(16, 4 * int(concurrency)))]
-            _load(url, rows, [*load, "--output-len", args.output_len, "--seed", str(seed), *mode])
+            _load(url, rows, [*load, "--output-len", args.output_len, "--seed", str(seed), *flags])
     return [json.loads(line) for line in rows.read_text().splitlines()]
 
 

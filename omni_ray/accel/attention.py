@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 
+from omni_ray.accel import flash3
 from omni_ray.accel.modules import transformers_of
 from omni_ray.config.spec import Attention
 from omni_ray.errors import ConfigError
@@ -16,11 +23,13 @@ from omni_ray.errors import ConfigError
 BACKENDS = {"cudnn": "_native_cudnn", "fa3": "_flash_3"}
 """Short names of diffusers' backends; the others are diffusers' own: native, flash, sage, xformers, flex, …"""
 
+FLASH_3 = ("_flash_3", flash3.FP8)
+
 TRIAL_SHAPE = (1, 128, 2, 64)
 """[batch, tokens, heads, channels]."""
 
-RACE_SHAPE = (1, 4608, 24, 128)
-"""That of FLUX.1-dev at 1024x1024. On an H100 PyTorch's own choice takes 0.42 ms there, its flash kernel 0.83."""
+RACE_TOKENS = {"image": 4608, "video": 16384}
+"""Those of FLUX.1-dev at 1024x1024, and about half of those of Wan2.2 for five seconds of 480p."""
 
 WORTH_IT = 0.95
 """A kernel that needs no more than this part of the time of PyTorch's own choice takes its place."""
@@ -31,38 +40,66 @@ def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.devi
 
     Raises ConfigError where the installed libraries or the device cannot run a kernel that the spec names.
     """
-    name = spec.backend
+    name, transformers = spec.backend, transformers_of(pipe)
     if name == "auto":
-        name = _fastest(device, dtype) if device.type == "cuda" else "native"
+        shape = _race_shape(next(iter(transformers.values())))
+        name = _fastest(shape, device, dtype) if device.type == "cuda" else "native"
         if name == "native":
             return []
     backend = BACKENDS.get(name, name)
-    for transformer in transformers_of(pipe).values():
+    _make_known(backend)
+    for path, transformer in transformers.items():
+        if backend == flash3.FP8:
+            flash3.check_normalized(transformer, path)
         _set(transformer, backend)
     _try(backend, device, dtype)
     return []
 
 
+def _make_known(backend: str) -> None:
+    try:
+        if backend in FLASH_3:
+            flash3.register()
+    except ConfigError as error:
+        if backend == flash3.FP8 or not attention_dispatch._CAN_USE_FLASH_ATTN_3:  # built from source
+            raise ConfigError(f"attention.backend {backend!r} cannot be used: {error}") from error
+
+
 def _set(transformer: torch.nn.Module, backend: str) -> None:
+    """For this transformer alone: diffusers would make it the kernel of every other module of the process too."""
+    others, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         transformer.set_attention_backend(backend)  # type: ignore[operator]
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"attention.backend {backend!r} cannot be used: {error}") from error
+    finally:
+        _AttentionBackendRegistry.set_active_backend(others)
 
 
-def _fastest(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest of those kernels that are installed and run."""
-    seconds = {"native": _seconds("native", device, dtype)}
+def _race_shape(transformer: Any) -> tuple[int, int, int, int]:
+    """[batch, tokens, heads, channels] of an attention of this transformer, at about its default size."""
+    config = transformer.config
+    tokens = RACE_TOKENS["video" if isinstance(config.get("patch_size"), (list, tuple)) else "image"]
+    heads = config.get("num_attention_heads") or config.get("n_heads") or 24
+    return 1, tokens, heads, config.get("attention_head_dim") or config.get("dim", 128 * heads) // heads
+
+
+def _fastest(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest for ``shape`` of those kernels that are installed and run, and change nothing that can be seen."""
+    seconds = {"native": _seconds("native", shape, device, dtype)}
     for name, backend in BACKENDS.items():
         with contextlib.suppress(ConfigError):
+            _make_known(backend)
             _try(backend, device, dtype)
-            seconds[name] = _seconds(backend, device, dtype)
+            seconds[name] = _seconds(backend, shape, device, dtype)
     best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] <= WORTH_IT * seconds["native"] else "native"
 
 
-def _seconds(backend: str, device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    x = torch.randn(RACE_SHAPE, device=device, dtype=dtype)
+def _seconds(
+    backend: str, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, repeats: int = 10
+) -> float:
+    x = torch.randn(shape, device=device, dtype=dtype)
     for i in range(2 * repeats):
         if i == repeats:  # after as many to warm up
             torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import ModelHook
 
+from omni_ray.accel import inductor
 from omni_ray.accel.hooks import register
 from omni_ray.accel.modules import repeated_blocks, transformers_of
 from omni_ray.accel.rotary import rotate_in_real_numbers
@@ -48,6 +49,7 @@ def apply_compile(
         return [f"compile auto: {reason}, so nothing is compiled"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER.expanduser()))
     rotate_in_real_numbers()
+    inductor.teach()
     warnings = []
     for name, transformer in transformers_of(pipe).items():
         if blocks := repeated_blocks(transformer):

@@ -43,5 +43,20 @@ def product(linear: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """``rows`` [n, k] in fp8, and the scale [n, 1] that each is to be multiplied by."""
-    scale = (rows.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    return (rows.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return _scaled(rows.float(), -1)
+
+
+def to_fp8_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` [batch, tokens, heads, size] in fp8, and the scale [batch, heads] that each is to be multiplied by."""
+    made, scale = _scaled(x.float(), (1, 3))
+    return made, scale.flatten(1)
+
+
+def saturated(x: Tensor) -> Tensor:
+    """``x`` in fp8; what is out of its range becomes the largest value, and not NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _scaled(x: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(dims, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    return (x * scale.reciprocal()).to(torch.float8_e4m3fn), scale

@@ -42,6 +42,9 @@ def _pairs_of(text: str) -> dict[str, str]:
     return dict(each.partition("=")[::2] for each in _list(text))
 
 
+BACKENDS = {"FLASH_ATTN": "fa3", "CUDNN_ATTN": "cudnn", "SAGE_ATTN": "sage", "TORCH_SDPA": "native"}
+"""vLLM-Omni's names of attention kernels, and ours."""
+
 DIT = ("dit",)
 FLAGS = (
     Flag(("--served-model-name",), "name"),
@@ -76,7 +79,13 @@ FLAGS = (
     Flag(("--enable-cache-dit",), "cache.kind", constant="cache_dit", types=DIT),
     Flag(("--cache-backend",), "cache.kind", lambda kind: kind.replace("tea_cache", "teacache"), types=DIT),
     Flag(("--cache-config",), "cache.cache_dit", json.loads, types=DIT),
-    Flag(("--attention-backend", "--diffusion-attention-backend"), "attention.backend", types=DIT),
+    Flag(
+        ("--attention-backend", "--diffusion-attention-backend"),
+        "attention.backend",
+        lambda name: BACKENDS.get(name, name),
+        types=DIT,
+    ),
+    Flag(("--diffusion-kv-cache-dtype",), "attention.backend", "fa3_{}".format, types=DIT),
     Flag(("--enable-fused-qkv",), "attention.fused_qkv", constant=True, types=DIT),
     Flag(("--quantization-files",), "quantization.files", _pairs_of, types=DIT),
     Flag(("--quantization-components",), "quantization.components", _list, types=DIT),

@@ -159,8 +159,9 @@ class Attention(Block):
 
     backend: str = Field(
         "auto",
-        description="`native`, `cudnn`, `fa3`, `flash`, `sage`, `xformers`, `flex` or another backend of diffusers; "
-        "`auto` takes the fastest that is installed, by a trial at start.",
+        description="`native`, `cudnn`, `fa3`, `fa3_fp8`, `flash`, `sage`, `xformers`, `flex` or another backend of "
+        "diffusers; `auto` takes the fastest that is installed and exact, by a trial at start. `fa3_fp8` computes "
+        "attention in 8 bits, on Hopper cards.",
     )
     fused_qkv: bool = Field(
         False, description="One matrix product for queries, keys and values, in FLUX.1, FLUX.2, Wan2.2 and Helios."

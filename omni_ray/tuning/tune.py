@@ -152,6 +152,7 @@ def _kernels() -> Iterator[tuple[str, Levers]]:
         compiled = {"compile": {"mode": "regional"}}
         yield "regional compilation", compiled | {"attention": {"backend": "auto"}}
         yield "regional compilation, fused QKV", compiled | {"attention": {"backend": "auto", "fused_qkv": True}}
+        yield "regional compilation, fp8 attention", compiled | {"attention": {"backend": "fa3_fp8"}}
 
 
 def _axes(num_gpus: int) -> Iterator[dict[str, int]]:

@@ -43,6 +43,8 @@ def test_both_caches_and_the_peers_own_names() -> None:
     made = group(QWEN_IMAGE, "--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 0.3}')
     assert made.cache.threshold == 0.3
     assert group(QWEN_IMAGE, "--enable-cpu-offload").offload.kind == "model"
+    assert group(QWEN_IMAGE, "--diffusion-attention-backend", "CUDNN_ATTN").attention.backend == "cudnn"
+    assert group(QWEN_IMAGE, "--diffusion-kv-cache-dtype", "fp8").attention.backend == "fa3_fp8"
 
 
 def test_every_lever_has_a_flag() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LTXVideoTransformer3DModel, attention_backend
+from diffusers import LTXVideoTransformer3DModel
 
 from omni_ray.accel.apply import accelerate
 from omni_ray.accel.attention import apply_attention
@@ -29,13 +28,6 @@ from tests.lanes import run_lanes
 from tests.ranks import CPU, jobs_of, load
 
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def kernel_of_the_process() -> Iterator[None]:
-    """diffusers remembers the last kernel that was set, for all models of the process."""
-    with attention_backend("native"):
-        yield
 
 
 def test_a_kernel_that_runs_draws_the_same(tiny: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from diffusers.models import attention_dispatch
 
 from omni_ray.accel.parallel.sequence import Sequence
 
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {}
+"""Those by name that are not diffusers' own, as functions like its: context, query, key, value, mask, …"""
+
 _ids = itertools.count()
 _by_id: dict[int, ShardedAttention] = {}
 
@@ -106,7 +109,7 @@ def _operator(
     dropout_p: float,
     scale: float | None,
 ) -> torch.Tensor:
-    forward = getattr(attention_dispatch, kernel)
+    forward = KERNELS.get(kernel) or getattr(attention_dispatch, kernel)
     return _by_id[attention](query, key, value, mask, _kernel(forward, dropout_p, scale)).contiguous()
 
 
