@@ -195,7 +195,8 @@ def _memory_changes(plan: GroupPlan) -> Iterator[Change]:
         if plan.card:
             yield from _dit_levers(index, group)
         return
-    assert memory.kv_cache is not None
+    if memory.kv_cache is None:
+        return
     name = next((key for key in group.engine_args if key.replace("-", "_") == "max_model_len"), "max_model_len")
     for cost, length in enumerate(LENGTHS):
         if length < memory.kv_cache.max_model_len:

@@ -68,7 +68,8 @@ class KvCache:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank needs. ``kv_cache`` is None for a DiT group; ``host_gib`` are weights in main memory."""
+    """What a rank needs. ``kv_cache`` is None for a DiT group, and on a card whose memory nobody told; ``host_gib`` are
+    weights in main memory."""
 
     items: tuple[Item, ...]
     budget_gib: float
@@ -174,9 +175,11 @@ def ar_memory(group: ArGroup, model: Language, component: Component, budget_gib:
     max_len = max_model_len(group, model)
     one_request = max_len * per_token / GIB
     rest = budget_gib - sum(item.gib for item in items) if on_gpu else group.memory.cpu_kv_cache_gib
-    kv_gib = max(rest, one_request)
+    kv_gib, cache = one_request, None
+    if math.isfinite(rest):  # else nobody told the memory of the card
+        kv_gib = max(rest, one_request)
+        cache = KvCache(math.floor(max(rest, 0.0) * GIB / per_token), max_len, one_request)
     items.insert(1, Item("KV cache", kv_gib, axes.num_ranks > 1))
-    cache = KvCache(math.floor(max(rest, 0.0) * GIB / per_token), max_len, one_request)
     return Memory(tuple(items), budget_gib, cache)
 
 

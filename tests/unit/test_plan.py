@@ -14,6 +14,7 @@ from omni_ray.config.load import load
 from omni_ray.config.spec import DitParallel, OmniSpec
 from omni_ray.errors import ConfigError
 from omni_ray.plan.checkpoint import read_checkpoint
+from omni_ray.plan.fixes import find_fixes
 from omni_ray.plan.inventory import Node, local_inventory, parse_inventory, unknown_node
 from omni_ray.plan.linear import Transformer
 from omni_ray.plan.parts import parts_of
@@ -240,6 +241,17 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
     plan = make_plan(load(ROOT / "deployments/omni.yaml")[0], (unknown_node("here", 0),))
     assert not plan.refusals
     assert [group.placement.bundles for group in plan.groups] == [[{"CPU": 0.5}]] * 3
+
+
+def test_on_cards_whose_memory_nobody_told_all_fits() -> None:
+    half = {"num_gpus": 0.5, "memory": {"gpu_memory_utilization": 0.45}}
+    models = [QWEN3 | half, FLUX | half, QWEN3 | {"name": "wide", "parallel": {"tensor": 2}}]
+    plan = make_plan(OmniSpec.model_validate({"models": models}), (unknown_node("here", 3),))
+    assert not plan.refusals
+    assert [group.placement.num_gpus * group.placement.num_ranks for group in plan.groups] == [0.5, 0.5, 2]
+    plan = make_plan(OmniSpec.model_validate({"models": models}), (unknown_node("here", 2),))
+    assert "leave room for 0" in plan.refusals[0].message
+    assert report(plan, find_fixes(plan))
 
 
 def test_applications_share_the_nodes() -> None:
