@@ -47,7 +47,7 @@ def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.devi
         if name == "native":
             return []
     backend = BACKENDS.get(name, name)
-    _make_known(backend)
+    _make_known(backend, device)
     for path, transformer in transformers.items():
         if backend == flash3.FP8:
             flash3.check_normalized(transformer, path)
@@ -56,10 +56,12 @@ def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.devi
     return []
 
 
-def _make_known(backend: str) -> None:
+def _make_known(backend: str, device: torch.device) -> None:
+    if backend not in FLASH_3:
+        return
+    flash3.check_card(device)
     try:
-        if backend in FLASH_3:
-            flash3.register()
+        flash3.register()
     except ConfigError as error:
         if backend == flash3.FP8 or not attention_dispatch._CAN_USE_FLASH_ATTN_3:  # built from source
             raise ConfigError(f"attention.backend {backend!r} cannot be used: {error}") from error
@@ -89,7 +91,7 @@ def _fastest(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
     seconds = {"native": _seconds("native", shape, device, dtype)}
     for name, backend in BACKENDS.items():
         with contextlib.suppress(ConfigError):
-            _make_known(backend)
+            _make_known(backend, device)
             _try(backend, device, dtype)
             seconds[name] = _seconds(backend, shape, device, dtype)
     best = min(seconds, key=seconds.__getitem__)

@@ -1,7 +1,8 @@
 """FlashAttention 3, for Hopper cards (https://arxiv.org/abs/2407.08608), by the kernels of the wheel ``fa3-fwd``.
 
 They come into diffusers' list of attention kernels: as ``_flash_3``, in place of the one that diffusers has for a build
-from source, and, in fp8, as ``fa3_fp8``. Both run on parts of a sequence too.
+from source, and, in fp8, as ``fa3_fp8``. Both run on parts of a sequence too. They know no masks: a call with one, such
+as that of a prompt with padding, is PyTorch's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from omni_ray.errors import ConfigError
 
 FP8 = "fa3_fp8"
 
+HOPPER = 9
+"""The first number of its compute capability."""
+
 Kernel = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 """Queries, keys and values (batch, tokens, heads, head size), the scale of the scores, and whether it is causal."""
 
@@ -36,6 +40,13 @@ def register() -> None:
     _register("_flash_3", _attention)
     _register(FP8, _attention_in_fp8)
     attention_dispatch._CAN_USE_FLASH_ATTN_3 = True
+
+
+def check_card(device: torch.device) -> None:
+    """ConfigError if it is a GPU and no Hopper card: there the kernels would not fail, but end the process."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != HOPPER:
+        card = torch.cuda.get_device_name(device)
+        raise ConfigError(f"attention.backend: FlashAttention 3 needs a Hopper card, and {card} is none; use auto")
 
 
 def check_normalized(transformer: torch.nn.Module, name: str) -> None:
@@ -67,10 +78,10 @@ def _register(name: str, kernel: Kernel) -> None:
     """Add ``kernel`` to diffusers' list under ``name``."""
 
     def on_shards(
-        _: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
+        _: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, dropout: float, causal: bool,
         scale: float | None, *rest: Any, **options: Any,
     ) -> Tensor:  # fmt: skip
-        return run(query, key, value, mask, causal, scale)
+        return kernel(query, key, value, scale, causal)
 
     def run(
         query: Tensor,
@@ -79,10 +90,15 @@ def _register(name: str, kernel: Kernel) -> None:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        enable_gqa: bool = False,  # which the kernels do by themselves
         _parallel_config: Any = None,
     ) -> Tensor:
         if attn_mask is not None:
-            raise ValueError(f"attention.backend {name!r} takes no attention mask, and this model has one; use native")
+            native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+            return native(  # type: ignore[no-any-return]
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+                _parallel_config=_parallel_config,
+            )  # fmt: skip
         if _parallel_config is None:
             return kernel(query, key, value, scale, is_causal)
         sharded = attention_dispatch._templated_context_parallel_attention

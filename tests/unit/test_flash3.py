@@ -108,11 +108,13 @@ def test_queries_and_keys_out_of_range_are_the_largest_there_is() -> None:
     assert made.isfinite().all()
 
 
+@pytest.mark.parametrize("sharded", [None, alone()])
 @pytest.mark.parametrize("name", ["_flash_3", "fa3_fp8"])
-def test_a_mask_is_refused(name: str) -> None:
-    mask = torch.ones(2, 1, 1, 50, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"'{name}' takes no attention mask, .* use native"):
-        dispatch_attention_fn(*qkv(), attn_mask=mask, backend=AttentionBackendName(name))
+def test_a_call_with_a_mask_is_pytorchs(name: str, sharded: ShardedAttention | None) -> None:
+    mask = torch.arange(50).expand(2, 1, 1, 50) < torch.tensor([50, 20])[:, None, None, None]
+    wanted = dispatch_attention_fn(*qkv(), attn_mask=mask, backend=AttentionBackendName("native"))
+    made = dispatch_attention_fn(*qkv(), attn_mask=mask, backend=AttentionBackendName(name), parallel_config=sharded)
+    assert error(made, wanted) < 1e-6
 
 
 @pytest.mark.parametrize(("backend", "name"), [("fa3", "_flash_3"), ("fa3_fp8", "fa3_fp8")])
@@ -130,6 +132,14 @@ def test_fp8_is_refused_where_no_norm_bounds_queries_and_keys(tiny_folder: Any) 
     pipe.register_modules(transformer=SD3Transformer2DModel.from_config(config))
     with pytest.raises(ConfigError, match=r"transformer.transformer_blocks.0.attn does not normalize .*; use fa3"):
         apply_attention(pipe, Attention(backend="fa3_fp8"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa3_fp8"])
+def test_no_other_card_is_asked(backend: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B200")
+    with pytest.raises(ConfigError, match="FlashAttention 3 needs a Hopper card, and NVIDIA B200 is none; use auto"):
+        apply_attention(load(tiny_folder("flux")), Attention(backend=backend), torch.device("cuda"), torch.float32)
 
 
 def test_without_the_wheel(monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> None:
