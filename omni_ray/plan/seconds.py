@@ -28,7 +28,7 @@ EAGER_PASSES_OF = {"ZImageTransformer2DModel": 300.0}
 """Reads or writes of [tokens, hidden] per block besides matrix products. Z-Image rotates in complex numbers."""
 COMPILED_PASSES = 57.0
 
-FP8_GAIN = 1.5
+FP8_GAIN = 1.75
 """Of matrix products whose two sides are in 8 bits, the conversion of the activations included."""
 
 DECODE_EFFICIENCY = 0.35

@@ -113,8 +113,14 @@ def test_queries_and_keys_out_of_range_are_the_largest_there_is() -> None:
 def test_a_call_with_a_mask_is_pytorchs(name: str, sharded: ShardedAttention | None) -> None:
     mask = torch.arange(50).expand(2, 1, 1, 50) < torch.tensor([50, 20])[:, None, None, None]
     wanted = dispatch_attention_fn(*qkv(), attn_mask=mask, backend=AttentionBackendName("native"))
-    made = dispatch_attention_fn(*qkv(), attn_mask=mask, backend=AttentionBackendName(name), parallel_config=sharded)
-    assert error(made, wanted) < 1e-6
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        backend = AttentionBackendName(name)
+        out: Tensor = dispatch_attention_fn(query, key, value, mask, backend=backend, parallel_config=sharded)
+        return out
+
+    for run in (attend, torch.compile(attend, fullgraph=True, backend="eager")):
+        assert error(run(*qkv()), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(("backend", "name"), [("fa3", "_flash_3"), ("fa3_fp8", "fa3_fp8")])

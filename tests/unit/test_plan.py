@@ -82,6 +82,7 @@ def test_the_command_is_quick_and_light() -> None:
 OWN = {"attention": {"backend": "native"}}
 COMPILED = {"compile": {"mode": "regional"}, **OWN}
 EAGER = {"compile": {"mode": "none"}, **OWN}
+FP8 = {"quantization": {"kind": "fp8"}}
 NO_STEPS = 10_000  # so many that text encoders and decode do not count
 
 
@@ -102,6 +103,26 @@ def test_milliseconds_of_a_forward(model: dict[str, Any], card: str, measured_ms
     if model["name"] == "z-image":
         defaults["guidance_scale"] = 0
     need = only(plan_of(model | {"defaults": defaults}, inventory=f"1x{card}")).need
+    assert need
+    assert need.estimate
+    assert need.estimate.seconds / NO_STEPS * 1000 == pytest.approx(measured_ms, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("model", "measured_ms"),
+    [
+        (FLUX, 126.6),
+        (QWEN_IMAGE, 134.3),
+        (Z_IMAGE, 94.7),
+        (FLUX | FP8, 89.2),
+        (QWEN_IMAGE | FP8, 100.1),
+        (Z_IMAGE | FP8, 63.0),
+    ],
+)
+def test_milliseconds_of_a_forward_as_it_is_served(model: dict[str, Any], measured_ms: float) -> None:
+    """`python -m benchmarks.forward`, an H100, compiled, CUDA graphs, 1024x1024."""
+    defaults = {"num_inference_steps": NO_STEPS} | ({"guidance_scale": 0} if model["name"] == "z-image" else {})
+    need = only(plan_of(model | {"defaults": defaults}, inventory="1xH100-80G")).need
     assert need
     assert need.estimate
     assert need.estimate.seconds / NO_STEPS * 1000 == pytest.approx(measured_ms, rel=0.15)
