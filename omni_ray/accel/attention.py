@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ TRIAL_SHAPE = (1, 128, 2, 64)
 RACE_TOKENS = {"image": 4608, "video": 16384}
 """Those of FLUX.1-dev at 1024x1024, and about half of those of Wan2.2 for five seconds of 480p."""
 
+FLUX_HEADS, FLUX_HEAD_SIZE = 24, 128
+
 WORTH_IT = 0.95
 """A kernel that needs no more than this part of the time of PyTorch's own choice takes its place."""
 
@@ -42,8 +45,9 @@ def apply_attention(pipe: DiffusionPipeline, spec: Attention, device: torch.devi
     """
     name, transformers = spec.backend, transformers_of(pipe)
     if name == "auto":
-        shape = _race_shape(next(iter(transformers.values())))
-        name = _fastest(shape, device, dtype) if device.type == "cuda" else "native"
+        if device.type != "cuda" or not transformers:
+            return []
+        name = _fastest(_race_shape(next(iter(transformers.values())).config), device, dtype)
         if name == "native":
             return []
     backend = BACKENDS.get(name, name)
@@ -78,12 +82,18 @@ def _set(transformer: torch.nn.Module, backend: str) -> None:
         _AttentionBackendRegistry.set_active_backend(others)
 
 
-def _race_shape(transformer: Any) -> tuple[int, int, int, int]:
-    """[batch, tokens, heads, channels] of an attention of this transformer, at about its default size."""
-    config = transformer.config
-    tokens = RACE_TOKENS["video" if isinstance(config.get("patch_size"), (list, tuple)) else "image"]
-    heads = config.get("num_attention_heads") or config.get("n_heads") or 24
-    return 1, tokens, heads, config.get("attention_head_dim") or config.get("dim", 128 * heads) // heads
+def _race_shape(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """[batch, tokens, heads, channels] of an attention of a transformer, at about its default size."""
+    tokens = RACE_TOKENS["video" if len(_list(config.get("patch_size"))) == 3 else "image"]
+    heads = config.get("num_attention_heads") or config.get("n_heads")
+    if not isinstance(heads, int):  # a U-Net's differ from block to block
+        heads = FLUX_HEADS
+    size = config.get("attention_head_dim") or config.get("dim", FLUX_HEAD_SIZE * heads) // heads
+    return 1, tokens, heads, size if isinstance(size, int) else FLUX_HEAD_SIZE
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _fastest(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 
 from omni_ray.accel.apply import accelerate
-from omni_ray.accel.attention import apply_attention
+from omni_ray.accel.attention import _race_shape, apply_attention
 from omni_ray.accel.compile import apply_compile, is_compiled
 from omni_ray.accel.graphs import apply_cuda_graphs
 from omni_ray.accel.launches import Launches
@@ -24,6 +24,8 @@ from omni_ray.engine.loop import EngineLoop
 from omni_ray.engine.warm_up import warm_up
 from omni_ray.errors import ConfigError
 from omni_ray.messages import Capabilities
+from omni_ray.plan.checkpoint import read_checkpoint
+from omni_ray.plan.parts import parts_of
 from tests.lanes import run_lanes
 from tests.ranks import CPU, jobs_of, load
 
@@ -54,6 +56,26 @@ def test_auto_leaves_the_models_own_on_a_cpu(tiny_folder: Any) -> None:
     pipe = load(tiny_folder("flux"))
     apply_attention(pipe, Attention(), CPU, torch.float32)
     assert pipe.transformer.transformer_blocks[0].attn.processor._attention_backend is None
+
+
+@pytest.mark.parametrize(
+    ("source", "shape"),
+    [
+        ("black-forest-labs/FLUX.1-dev", (1, 4608, 24, 128)),
+        ("black-forest-labs/FLUX.2-dev", (1, 4608, 48, 128)),
+        ("Qwen/Qwen-Image", (1, 4608, 24, 128)),
+        ("Tongyi-MAI/Z-Image-Turbo", (1, 4608, 30, 128)),
+        ("stabilityai/stable-diffusion-3.5-large", (1, 4608, 38, 64)),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", (1, 16384, 40, 128)),
+    ],
+)
+def test_kernels_race_at_the_models_own_heads(source: str, shape: tuple[int, ...]) -> None:
+    part = next(part for part in parts_of(read_checkpoint(source)) if part.role == "transformer")
+    assert _race_shape(part.component.config) == shape
+
+
+def test_a_u_net_is_taken_for_a_transformer_of_one_kind() -> None:
+    assert _race_shape({"attention_head_dim": [5, 10, 20, 20]}) == (1, 4608, 24, 128)
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "wan", "helios"])
