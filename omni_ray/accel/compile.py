@@ -47,7 +47,8 @@ def apply_compile(
         if spec.mode == "regional":
             raise ConfigError(f"compile.mode 'regional': {reason}; give each rank a GPU, or set mode: none")
         return [f"compile auto: {reason}, so nothing is compiled"]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER.expanduser()))
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", FOLDER.expanduser()))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder if folder.name == inductor.RULES else folder / inductor.RULES)
     rotate_in_real_numbers()
     inductor.teach()
     warnings = []

@@ -71,7 +71,8 @@ def _attention_in_fp8(query: Tensor, key: Tensor, value: Tensor, scale: float | 
     value, value_scale = fp8.to_fp8_heads(value)
     one = torch.ones_like(value_scale)
     scales = {"q_descale": one, "k_descale": one, "v_descale": value_scale}
-    return _attention(fp8.saturated(query), fp8.saturated(key), value, scale, causal, **scales)
+    out = _attention(fp8.saturated(query), fp8.saturated(key), value, scale, causal, **scales)
+    return out.to(query.dtype)  # the kernel's own is bfloat16
 
 
 def _register(name: str, kernel: Kernel) -> None:

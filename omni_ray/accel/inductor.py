@@ -18,17 +18,13 @@ LONGEST_ROW = 16384
 ENOUGH_ROWS = 512
 """So many keep every multiprocessor of a card busy."""
 
-TAG = "omni_ray.accel.inductor 1"
-"""In the key of everything that the compiler keeps: raise it with any change here, for the compiler does not know of
-these rules."""
+RULES = "rules-1"
+"""The folder of what the compiler makes by these rules: raise it with any change here, for the compiler's own keys do
+not know of them."""
 
 
 def teach() -> None:
     """From now on the compiler of this process follows these rules, in every thread."""
-    users_own = torch.compiler.config.cache_key_tag
-    if TAG in users_own:
-        return
-    torch.compiler.config.cache_key_tag = users_own + TAG
     decomposition.decompositions[torch.ops.aten.gelu.default] = _gelu
     decomposition.fast_random_decomps.cache_clear()
     InductorChoices.should_use_persistent_reduction = staticmethod(_reads_rows_once)  # type: ignore

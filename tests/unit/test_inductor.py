@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.utils import run_and_get_code
 
 from omni_ray.accel import inductor
+from omni_ray.accel.compile import apply_compile
 from omni_ray.accel.inductor import ENOUGH_ROWS, LONGEST_ROW
+from omni_ray.config.spec import Compile
+from tests.ranks import CPU, load
 
 
 @pytest.fixture(autouse=True)
@@ -50,5 +54,9 @@ def test_rows_are_whole_where_there_are_many() -> None:
     assert parts(ENOUGH_ROWS) == 1
 
 
-def test_what_was_compiled_without_these_rules_is_not_found() -> None:
-    assert torch.compiler.config.cache_key_tag.count(inductor.TAG) == 1
+def test_what_was_compiled_without_these_rules_is_not_found(monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> None:
+    monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", "/kept")
+    pipe = load(tiny_folder("flux"))
+    for _ in range(2):
+        apply_compile(pipe, Compile(mode="regional"), CPU)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"/kept/{inductor.RULES}"
