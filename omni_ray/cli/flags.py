@@ -45,6 +45,13 @@ def _pairs_of(text: str) -> dict[str, str]:
 BACKENDS = {"FLASH_ATTN": "fa3", "CUDNN_ATTN": "cudnn", "SAGE_ATTN": "sage", "TORCH_SDPA": "native"}
 """vLLM-Omni's names of attention kernels, and ours."""
 
+
+def _attention_in(dtype: str) -> str:
+    if dtype in ("mxfp8", "mxfp4"):
+        raise ValueError("attention is computed in fp8, or in the model's own dtype, which is auto")
+    return {"auto": "auto", "float": "auto"}.get(dtype, f"fa3_{dtype}")
+
+
 DIT = ("dit",)
 FLAGS = (
     Flag(("--served-model-name",), "name"),
@@ -82,10 +89,10 @@ FLAGS = (
     Flag(
         ("--attention-backend", "--diffusion-attention-backend"),
         "attention.backend",
-        lambda name: BACKENDS.get(name, name),
+        lambda name: BACKENDS.get(name.upper(), name),
         types=DIT,
     ),
-    Flag(("--diffusion-kv-cache-dtype",), "attention.backend", "fa3_{}".format, types=DIT),
+    Flag(("--diffusion-kv-cache-dtype",), "attention.backend", _attention_in, types=DIT),
     Flag(("--enable-fused-qkv",), "attention.fused_qkv", constant=True, types=DIT),
     Flag(("--quantization-files",), "quantization.files", _pairs_of, types=DIT),
     Flag(("--quantization-components",), "quantization.components", _list, types=DIT),
@@ -199,6 +206,8 @@ def _set(asked: dict[str, Any], name: str, value: str | None, type_: str) -> Non
     before = block.get(key)
     if key == "kind" and {before, converted} == {"teacache", "cache_dit"}:
         converted = "both"
+    elif key == "backend" and {before, converted} == {"fa3", "fa3_fp8"}:  # fp8 is a mode of that kernel
+        converted = "fa3_fp8"
     elif before not in (None, converted):
         raise ConfigError(f"{name}: another flag has set {flag.path} to {before!r} already; leave one of them out")
     block[key] = converted

@@ -64,7 +64,7 @@ def encode_preview(output: Any, job: Job) -> Iterator[Media]:
 def encode_image(image: Image.Image, format: str, compression: int) -> bytes:
     """``compression`` is the quality of JPEG and WebP in percent, as OpenAI defines it; PNG is always lossless."""
     buffer = io.BytesIO()
-    fast = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # of pictures it makes the smaller files, too
+    fast = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller files of photographs, larger ones of text
     options: dict[str, Any] = fast if format == "png" else {"quality": compression}
     image.save(buffer, format=format.upper(), **options)
     return buffer.getvalue()

@@ -45,6 +45,12 @@ def test_both_caches_and_the_peers_own_names() -> None:
     assert group(QWEN_IMAGE, "--enable-cpu-offload").offload.kind == "model"
     assert group(QWEN_IMAGE, "--diffusion-attention-backend", "CUDNN_ATTN").attention.backend == "cudnn"
     assert group(QWEN_IMAGE, "--diffusion-kv-cache-dtype", "fp8").attention.backend == "fa3_fp8"
+    assert group(QWEN_IMAGE, "--diffusion-kv-cache-dtype", "auto").attention.backend == "auto"
+    for flags in (("flash_attn", "fp8"), ("FLASH_ATTN", "fp8")):
+        both = ("--diffusion-attention-backend", flags[0], "--diffusion-kv-cache-dtype", flags[1])
+        assert group(QWEN_IMAGE, *both).attention.backend == "fa3_fp8"
+    with pytest.raises(ConfigError, match=r"--diffusion-kv-cache-dtype: 'mxfp8' cannot be read: .* which is auto"):
+        group(QWEN_IMAGE, "--diffusion-kv-cache-dtype", "mxfp8")
 
 
 def test_every_lever_has_a_flag() -> None:
