@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -68,7 +67,7 @@ def _make_known(backend: str, device: torch.device) -> None:
     try:
         flash3.register()
     except ConfigError as error:
-        if backend == flash3.FP8 or not attention_dispatch._CAN_USE_FLASH_ATTN_3:  # built from source
+        if backend == flash3.FP8 or not flash3.BUILT_FROM_SOURCE:
             raise ConfigError(f"attention.backend {backend!r} cannot be used: {error}") from error
 
 

@@ -22,6 +22,9 @@ from omni_ray.errors import ConfigError
 
 FP8 = "fa3_fp8"
 
+BUILT_FROM_SOURCE = attention_dispatch._CAN_USE_FLASH_ATTN_3
+"""Whether diffusers finds FlashAttention 3 by itself."""
+
 HOPPER = 9
 """The first number of its compute capability."""
 
@@ -51,12 +54,14 @@ def check_card(device: torch.device) -> None:
 
 def check_normalized(transformer: torch.nn.Module, name: str) -> None:
     """ConfigError if it has queries and keys that no norm bounds: :func:`_attention_in_fp8` takes them as they are."""
-    for path, module in transformer.named_modules():
-        if hasattr(module, "to_q") and getattr(module, "norm_q", None) is None:
-            raise ConfigError(
-                f"attention.backend {FP8!r}: {name}.{path} does not normalize its queries and keys, which may not fit "
-                f"into fp8; use fa3"
-            )
+    attentions = {path: module for path, module in transformer.named_modules() if hasattr(module, "to_q")}
+    without = [path for path, module in attentions.items() if getattr(module, "norm_q", None) is None]
+    if without or not attentions:
+        where = ".".join((name, *without[:1]))
+        raise ConfigError(
+            f"attention.backend {FP8!r}: {where} does not normalize its queries and keys, which may not fit into fp8; "
+            f"use fa3"
+        )
 
 
 def _attention(

@@ -160,8 +160,9 @@ class Attention(Block):
     backend: str = Field(
         "auto",
         description="`native`, `cudnn`, `fa3`, `fa3_fp8`, `flash`, `sage`, `xformers`, `flex` or another backend of "
-        "diffusers; `auto` takes the fastest that is installed and exact, by a trial at start. `fa3_fp8` computes "
-        "attention in 8 bits. Both `fa3` are of Hopper cards, and leave calls with a mask to PyTorch's kernel.",
+        "diffusers; `auto` takes the fastest that is installed and exact, by a trial at start, at about 1024x1024 or "
+        "480p of video. `fa3_fp8` computes attention in 8 bits. Both `fa3` are of Hopper cards, and leave calls with a "
+        "mask to PyTorch's kernel.",
     )
     fused_qkv: bool = Field(
         False, description="One matrix product for queries, keys and values, in FLUX.1, FLUX.2, Wan2.2 and Helios."

@@ -147,6 +147,11 @@ def test_fp8_is_refused_where_no_norm_bounds_queries_and_keys(tiny_folder: Any) 
         apply_attention(pipe, Attention(backend="fa3_fp8"), CPU, torch.float32)
 
 
+def test_fp8_is_refused_where_no_attention_is_known() -> None:
+    with pytest.raises(ConfigError, match="'fa3_fp8': transformer does not normalize"):
+        flash3.check_normalized(torch.nn.Linear(2, 2), "transformer")
+
+
 @pytest.mark.parametrize("backend", ["fa3", "fa3_fp8"])
 def test_no_other_card_is_asked(backend: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
